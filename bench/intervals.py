@@ -1,0 +1,75 @@
+"""95 % intervals for timings, honest about noise that lasts longer than one round."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .measure import Seconds
+
+Interval = tuple[float, float]
+
+RESAMPLES = 2000
+MIN_ROUNDS = 5
+"""Below this many rounds no interval is given: resampling four numbers says nothing about a 95 % range."""
+
+
+def median_interval(seconds: Seconds, rng: np.random.Generator) -> Interval | None:
+    """Return the interval of the median run of one artifact (rounds, burst); None with fewer than MIN_ROUNDS rounds."""
+    if len(seconds) < MIN_ROUNDS:
+        return None
+    rows = _resampled_rounds(np.median(seconds, axis=1), rng)
+    return _percentile_interval(np.array([np.median(seconds[row]) for row in rows]))
+
+
+def ratio(seconds: Seconds, baseline: Seconds) -> float:
+    """Return how many times the baseline's latency this takes: the median over rounds of the ratio of the two medians.
+
+    Both sides of a ratio come from the same round, so drift of the machine cancels; hence it may differ slightly from
+    the quotient of the two p50.
+    """
+    return float(np.median(_round_ratios(seconds, baseline)))
+
+
+def ratio_interval(seconds: Seconds, baseline: Seconds, rng: np.random.Generator) -> Interval | None:
+    """Return the interval of `ratio`; None with fewer than MIN_ROUNDS rounds."""
+    if len(seconds) < MIN_ROUNDS:
+        return None
+    ratios = _round_ratios(seconds, baseline)
+    return _percentile_interval(np.median(ratios[_resampled_rounds(ratios, rng)], axis=1))
+
+
+def block_length(series: NDArray[np.float64]) -> int:
+    """Return how many consecutive rounds to resample as one, so that slow noise is not mistaken for many samples.
+
+    (sqrt(6) rho / (1 - rho^2))^(2/3) n^(1/3): Carlstein (1986) for an AR(1) series, equal to the circular block rule of
+    Politis and White (2004, eq. 9) for that case. rho is the lag-1 autocorrelation of the series. We keep at least
+    n^(1/3), because rho from few rounds is biased low, and at least four blocks.
+    """
+    count = len(series)
+    centred = series - series.mean()
+    power = float(centred @ centred)
+    rho = float(centred[1:] @ centred[:-1]) / power if power > 0 else 0.0
+    rho = min(max(rho, 0.0), 0.95)
+    wanted = max((math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3), 1.0) * count ** (1 / 3)
+    return max(1, min(math.ceil(wanted), count // 4))
+
+
+def _round_ratios(seconds: Seconds, baseline: Seconds) -> NDArray[np.float64]:
+    ratios: NDArray[np.float64] = np.median(seconds, axis=1) / np.median(baseline, axis=1)
+    return ratios
+
+
+def _resampled_rounds(series: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.intp]:
+    """Return (RESAMPLES, n) round numbers: circular blocks of consecutive rounds, started at random."""
+    count, block = len(series), block_length(series)
+    starts = rng.integers(0, count, (RESAMPLES, math.ceil(count / block), 1))
+    rows = (starts + np.arange(block)) % count
+    return rows.reshape(RESAMPLES, -1)[:, :count]
+
+
+def _percentile_interval(estimates: NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(estimates, [2.5, 97.5])
+    return float(low), float(high)

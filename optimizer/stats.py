@@ -1,0 +1,104 @@
+"""Calibration statistics of the inputs of each weight, as frozen values; nothing else gathers them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from .graph import Site
+from .walk import Reader, Traced, Visitor, walk
+
+MAX_ROW_GROUPS = 64
+"""A weight whose rows are used in more distinct runs than this gets one gram for all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerStats:
+    """What one weight (out, in) saw. `groups` divides the out rows into equal runs, each with inputs of its own.
+
+    gram: sum over rows of x x^T, float64. mean: mean of x, float64. rows: how many x were summed, per group.
+    row_counts: for an embedding, how often each row was looked up (it has no gram).
+    """
+
+    rows: int
+    gram: Float64[Tensor, "groups in in"] | None = None
+    mean: Float64[Tensor, "groups in"] | None = None
+    row_counts: Float64[Tensor, "out"] | None = None
+
+
+Stats: TypeAlias = Mapping[str, LayerStats]
+"""Parameter name -> what its weight saw."""
+
+
+def collect(
+    traced: Traced, values: Mapping[str, Tensor], needs: frozenset[str], params: Collection[str] | None = None
+) -> Stats:
+    """Run the network as `values` say and gather `needs` of {"gram", "mean"} for `params` (default: all).
+
+    A parameter used at several sites (tied, shared or sliced) gets the sum over them.
+    """
+    seen: dict[str, list[tuple[Site, LayerStats]]] = {}
+
+    def before(site: Site, reader: Reader) -> None:
+        if params is None or site.param in params:
+            seen.setdefault(site.param, []).append((site, observe(reader, needs)))
+
+    walk(traced, values, Visitor(before=before))
+    return {param: merge(parts) for param, parts in seen.items()}
+
+
+def observe(reader: Reader, needs: frozenset[str]) -> LayerStats:
+    """Return the statistics of one site, over all batches."""
+    if reader.site.kind == "embedding":
+        ids = torch.cat([value.flatten() for value in reader.inputs()])
+        counts = torch.bincount(ids, minlength=reader.site.count)
+        return LayerStats(rows=len(ids), row_counts=counts.to(torch.float64))
+    gram: Tensor | None = None
+    total: Tensor | None = None
+    rows = 0
+    for x in reader.rows():
+        wide = x.to(torch.float64)
+        rows += x.shape[1]
+        if "gram" in needs:
+            part = wide.mT @ wide
+            gram = part if gram is None else gram + part
+        total = wide.sum(1) if total is None else total + wide.sum(1)
+    return LayerStats(rows=rows, gram=gram, mean=None if total is None else total / max(rows, 1))
+
+
+def merge(parts: list[tuple[Site, LayerStats]]) -> LayerStats:
+    """Add the statistics of all sites of one parameter, each to the rows that it uses."""
+    counts = [stats for _, stats in parts if stats.row_counts is not None]
+    used = [(site, stats) for site, stats in parts if stats.gram is not None or stats.mean is not None]
+    if not used:
+        summed = torch.stack([s.row_counts for s in counts if s.row_counts is not None]).sum(0) if counts else None
+        return LayerStats(rows=sum(s.rows for s in counts), row_counts=summed)
+    if len(used) == 1:
+        return used[0][1]
+    run = math.gcd(*(number for site, _ in used for number in (site.first, site.count)))
+    out = max(site.first + site.count for site, _ in used)
+    groups = out // run if out // run <= MAX_ROW_GROUPS else 1
+    return _spread(used, groups, out)
+
+
+def _spread(used: list[tuple[Site, LayerStats]], groups: int, out: int) -> LayerStats:
+    size = out // groups
+    rows = torch.zeros(groups, 1, dtype=torch.float64)
+    gram: Tensor | None = None
+    mean: Tensor | None = None
+    for site, stats in used:
+        where = slice(site.first // size, max(site.first // size + 1, (site.first + site.count) // size))
+        rows[where] += stats.rows
+        if stats.gram is not None:
+            gram = torch.zeros(groups, *stats.gram.shape[1:], dtype=torch.float64) if gram is None else gram
+            gram[where] += stats.gram
+        if stats.mean is not None:
+            mean = torch.zeros(groups, stats.mean.shape[1], dtype=torch.float64) if mean is None else mean
+            mean[where] += stats.mean * stats.rows
+    return LayerStats(rows=int(rows.max()), gram=gram, mean=None if mean is None else mean / rows.clamp(min=1))

@@ -1,0 +1,287 @@
+"""Run a network's graph over all calibration batches in lockstep, one operator at a time.
+
+At each site every batch stands at the same operator, so the visitor sees the statistics of all of them, may replace the
+weight, and the walk goes on with the replaced one: one pass through the network quantizes it sequentially. Memory is
+bounded by the activations that are alive at one operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, fx, nn
+
+from .errors import InputError
+from .graph import RECURRENT, Graph, Site, aten, capture, flat_weights
+from .rows import rows_of
+
+Batch: TypeAlias = tuple[Tensor, ...]
+Inputs: TypeAlias = Callable[[], Iterator[Tensor]]
+"""Yields the tensors that a site multiplies, one per batch; may be called more than once."""
+
+CHUNK_BYTES = 64 * 2**20
+"""Rows are formed from at most this much input at a time (a 3x3 conv makes nine times as much of it)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reader:
+    """The inputs of one site, batch by batch, and the rows that its weight multiplies."""
+
+    site: Site
+    node: fx.Node
+    inputs: Inputs
+
+    def rows(self) -> Iterator[Float[Tensor, "groups rows in"]]:
+        """Yield the rows of all batches in pieces of bounded size."""
+        for value in self.inputs():
+            taps = max(1, self._columns() // max(1, value.shape[1] if value.ndim > 1 else 1))
+            per_item = max(1, value[:1].numel() * value.element_size() * taps)
+            for piece in value.split(max(1, CHUNK_BYTES // per_item)) if value.ndim > 2 else (value,):
+                yield rows_of(self.site, self.node, piece)
+
+    def _columns(self) -> int:
+        shape = self.site.layout.shape
+        size = 1
+        for extent in shape[1:]:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Visitor:
+    """What to do at each site: `before` may replace the weight, `after` sees and may replace the outputs of all batches.
+
+    before(site, reader) -> new parameter value or None.
+    after(site, node, outputs) -> new outputs, one per batch, or None.
+    """
+
+    before: Callable[[Site, Reader], Tensor | None] | None = None
+    after: Callable[[Site, fx.Node, Sequence[Tensor]], Sequence[Tensor] | None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Traced:
+    """Batches and the graph that each was captured with; all graphs list the same operators."""
+
+    graphs: tuple[Graph, ...]
+    batches: tuple[Batch, ...]
+
+    @property
+    def graph(self) -> Graph:
+        return self.graphs[0]
+
+    @property
+    def samples(self) -> int:
+        return sum(len(batch[0]) for batch in self.batches)
+
+
+def trace(module: nn.Module, batches: Sequence[Batch]) -> Traced:
+    """Capture a module once for each shape that the batches have.
+
+    Raises InputError where two shapes give graphs of different operators.
+    """
+    known: dict[Any, Graph] = {}
+    for batch in batches:
+        key = tuple((tuple(x.shape), x.dtype) for x in batch)
+        if key not in known:
+            known[key] = capture(module, batch)
+            _check_same(next(iter(known.values())), known[key])
+    graphs = tuple(known[tuple((tuple(x.shape), x.dtype) for x in batch)] for batch in batches)
+    return Traced(graphs=graphs, batches=tuple(batches))
+
+
+@torch.no_grad()
+def walk(
+    traced: Traced, values: Mapping[str, Tensor], visitor: Visitor | None = None
+) -> list[tuple[Any, ...]]:
+    """Run the graph on all batches and return each batch's outputs.
+
+    values: parameters and buffers by canonical name; the mapping is not changed.
+    """
+    slots = [_Slot(graph=graph, env={}) for graph in traced.graphs]
+    return _Walk(slots=slots, values=dict(values), visitor=visitor or Visitor()).run(traced.batches)
+
+
+def _check_same(one: Graph, other: Graph) -> None:
+    if [(n.name, n.target) for n in one.nodes] != [(n.name, n.target) for n in other.nodes]:
+        raise InputError(
+            "calibration batches of different shapes run different operators", fix="give batches of one shape"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Slot:
+    """One batch on its way: node name -> value, for the values that are still needed."""
+
+    graph: Graph
+    env: dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Walk:
+    slots: list[_Slot]
+    values: dict[str, Tensor]
+    visitor: Visitor
+
+    def run(self, batches: Sequence[Batch]) -> list[tuple[Any, ...]]:
+        graph = self.slots[0].graph
+        last = _last_uses(graph.nodes)
+        for index, node in enumerate(graph.nodes):
+            if node.op == "placeholder" and node.name in graph.inputs:
+                position = graph.inputs.index(node.name)
+                for slot, batch in zip(self.slots, batches, strict=True):
+                    slot.env[node.name] = batch[position]
+            elif node.op == "call_function" and node.target not in _ASSERTIONS:
+                self._call(index, node)
+            for dead in last.get(node.name, ()):
+                for slot in self.slots:
+                    slot.env.pop(dead, None)
+        return [tuple(self._value(node, slot) for node in slot.graph.outputs) for slot in self.slots]
+
+    def _call(self, index: int, node: fx.Node) -> None:
+        if not any(used.name in self.slots[0].env for used in node.all_input_nodes):
+            return
+        sites = self.slots[0].graph.sites.get(node.name, ())
+        if self.visitor.before is not None and sites:
+            self._before(index, node, sites)
+        outputs = [self._run(slot.graph.nodes[index], slot) for slot in self.slots]
+        if self.visitor.after is not None and len(sites) == 1:
+            outputs = list(self.visitor.after(sites[0], node, outputs) or outputs)
+        for slot, output in zip(self.slots, outputs, strict=True):
+            slot.env[node.name] = output
+
+    def _before(self, index: int, node: fx.Node, sites: Sequence[Site]) -> None:
+        if node.target in RECURRENT:
+            return self._visit_recurrent(index, node)
+        for site in sites:
+            self._visit_site(site, node, self._operand(index, site.operand))
+        return None
+
+    def _operand(self, index: int, operand: int) -> Inputs:
+        return lambda: (self._value(slot.graph.nodes[index].args[operand], slot) for slot in self.slots)
+
+    def _visit_site(self, site: Site, node: fx.Node, inputs: Inputs) -> None:
+        assert self.visitor.before is not None
+        changed = self.visitor.before(site, Reader(site=site, node=node, inputs=inputs))
+        if changed is not None:
+            self.values[site.param] = changed
+
+    def _run(self, node: fx.Node, slot: _Slot) -> Any:
+        args = fx.map_arg(node.args, lambda n: self._value(n, slot))
+        kwargs = fx.map_arg(node.kwargs, lambda n: self._value(n, slot))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _value(self, node: Any, slot: _Slot) -> Any:
+        """Return a node's value; what depends on parameters alone is worked out anew, since they may change."""
+        if not isinstance(node, fx.Node):
+            return [self._value(item, slot) for item in node] if isinstance(node, (list, tuple)) else node
+        if node.name in slot.env:
+            return slot.env[node.name]
+        if node.name in slot.graph.constants:
+            return slot.graph.constants[node.name]
+        if node.op == "placeholder":
+            return self.values[slot.graph.values[node.name]]
+        return self._run(node, slot)
+
+    def _visit_recurrent(self, index: int, node: fx.Node) -> None:
+        """Visit a recurrent operator layer by layer: inputs x for W_ih, previous hidden states for W_hh."""
+        plan = _Recurrent.of(node)
+        sites = {site.param: site for site in self.slots[0].graph.sites.get(node.name, ())}
+        nodes = [slot.graph.nodes[index] for slot in self.slots]
+        layer_inputs = [plan.time_major(self._value(n.args[0], s)) for n, s in zip(nodes, self.slots, strict=True)]
+        states = [plan.states(self._value(n.args[1], s)) for n, s in zip(nodes, self.slots, strict=True)]
+        for layer in range(plan.layers):
+            outputs: list[list[Tensor]] = [[] for _ in self.slots]
+            for direction in range(plan.directions):
+                cell = _Cell(plan=plan, place=layer * plan.directions + direction, reverse=direction == 1)
+                self._visit_param(sites, cell.params[0], node, layer_inputs)
+                self._visit_param(sites, cell.params[1], node, [h for _, h in self._hidden(cell, layer_inputs, states)])
+                for parts, (out, _) in zip(outputs, self._hidden(cell, layer_inputs, states), strict=True):
+                    parts.append(out)
+            layer_inputs = [torch.cat(parts, dim=-1) for parts in outputs]
+
+    def _visit_param(self, sites: Mapping[str, Site], param: fx.Node, node: fx.Node, inputs: Sequence[Tensor]) -> None:
+        site = sites.get(self.slots[0].graph.values.get(param.name, ""))
+        if site is not None:
+            self._visit_site(site, node, lambda: iter(inputs))
+
+    def _hidden(
+        self, cell: _Cell, inputs: Sequence[Tensor], states: Sequence[list[Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        flat = [self._value(param, self.slots[0]) for param in cell.params]
+        return [cell.run(x, state, flat) for x, state in zip(inputs, states, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recurrent:
+    """The arguments of aten.gru.input and its kin: (x, hx, weights, has_biases, layers, dropout, train, bi, first)."""
+
+    node: fx.Node
+    biases: bool
+    layers: int
+    directions: int
+    batch_first: bool
+    weights: tuple[fx.Node, ...]
+
+    @staticmethod
+    def of(node: fx.Node) -> _Recurrent:
+        biases, layers, _, _, bidirectional, batch_first = node.args[3:9]
+        return _Recurrent(
+            node=node,
+            biases=bool(biases),
+            layers=int(layers),  # type: ignore[call-overload]
+            directions=2 if bidirectional else 1,
+            batch_first=bool(batch_first),
+            weights=tuple(flat_weights(node)),
+        )
+
+    def states(self, hx: Any) -> list[Tensor]:
+        return list(hx) if isinstance(hx, (list, tuple)) else [hx]
+
+    def time_major(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if self.batch_first else x
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cell:
+    """One layer and direction of a recurrent operator."""
+
+    plan: _Recurrent
+    place: int
+    reverse: bool
+
+    @property
+    def params(self) -> tuple[fx.Node, ...]:
+        per_cell = len(self.plan.weights) // (self.plan.layers * self.plan.directions)
+        return self.plan.weights[self.place * per_cell : (self.place + 1) * per_cell]
+
+    def run(self, x: Tensor, states: Sequence[Tensor], flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return (outputs, the hidden states that W_hh multiplied), both (time, batch, hidden)."""
+        first = [state[self.place : self.place + 1] for state in states]
+        target: Any = self.plan.node.target
+        hx = first if target == aten.lstm.input else first[0]
+        x = x.flip(0) if self.reverse else x
+        out = target(x, hx, flat, self.plan.biases, 1, 0.0, False, False, False)[0]
+        previous = torch.cat([first[0], out[:-1]])
+        return (out.flip(0), previous) if self.reverse else (out, previous)
+
+
+_ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
+
+
+def _last_uses(nodes: Iterable[fx.Node]) -> dict[str, list[str]]:
+    """Return node name -> the values that nobody needs after it."""
+    last: dict[str, fx.Node] = {}
+    for node in nodes:
+        last.setdefault(node.name, node)
+        for used in node.all_input_nodes:
+            last[used.name] = node
+    dead: dict[str, list[str]] = {}
+    for used_name, user in last.items():
+        if user.op != "output":
+            dead.setdefault(user.name, []).append(used_name)
+    return dead
