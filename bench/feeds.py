@@ -45,7 +45,7 @@ def checked_feeds(runner: Runner, batch: int, make: MakeFeeds) -> Feeds:
 
 
 def batch_name(inputs: Sequence[InputSpec]) -> str | None:
-    """Return the name of the batch dimension: "batch", else the first named dimension of the first input that has one."""
+    """Return the name of the batch dimension: "batch" where it comes first in an input, else the first named one."""
     named = [size for spec in inputs for size in spec.shape if isinstance(size, str)]
     if any(spec.shape and spec.shape[0] == "batch" for spec in inputs):
         return "batch"

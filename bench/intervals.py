@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 
 from .measure import Seconds
 
@@ -20,8 +21,12 @@ def median_interval(seconds: Seconds, rng: np.random.Generator) -> Interval | No
     """Return the interval of the median run of one artifact (rounds, burst); None with fewer than MIN_ROUNDS rounds."""
     if len(seconds) < MIN_ROUNDS:
         return None
-    rows = _resampled_rounds(np.median(seconds, axis=1), rng)
-    return _percentile_interval(np.array([np.median(seconds[row]) for row in rows]))
+    medians = np.median(seconds, axis=1)
+    rows = _resampled_rounds(medians, rng)
+    chunk = max(1, 4_000_000 // seconds.size)
+    parts = [rows[start : start + chunk] for start in range(0, RESAMPLES, chunk)]
+    estimates = np.concatenate([np.median(seconds[part], axis=(1, 2)) for part in parts])
+    return _percentile_interval(estimates, len(medians) / block_length(medians))
 
 
 def ratio(seconds: Seconds, baseline: Seconds) -> float:
@@ -38,23 +43,24 @@ def ratio_interval(seconds: Seconds, baseline: Seconds, rng: np.random.Generator
     if len(seconds) < MIN_ROUNDS:
         return None
     ratios = _round_ratios(seconds, baseline)
-    return _percentile_interval(np.median(ratios[_resampled_rounds(ratios, rng)], axis=1))
+    estimates = np.median(ratios[_resampled_rounds(ratios, rng)], axis=1)
+    return _percentile_interval(estimates, len(ratios) / block_length(ratios))
 
 
 def block_length(series: NDArray[np.float64]) -> int:
     """Return how many consecutive rounds to resample as one, so that slow noise is not mistaken for many samples.
 
     (sqrt(6) rho / (1 - rho^2))^(2/3) n^(1/3): Carlstein (1986) for an AR(1) series, equal to the circular block rule of
-    Politis and White (2004, eq. 9) for that case. rho is the lag-1 autocorrelation of the series. We keep at least
-    n^(1/3), because rho from few rounds is biased low, and at least four blocks.
+    Politis and White (2004) for that case. rho is the lag-1 autocorrelation of the series, plus (1 + 3 rho) / n, which
+    is how much it is biased low (Kendall 1954). We keep at least n^(1/3) rounds a block, and at least four blocks.
     """
     count = len(series)
     centred = series - series.mean()
     power = float(centred @ centred)
     rho = float(centred[1:] @ centred[:-1]) / power if power > 0 else 0.0
-    rho = min(max(rho, 0.0), 0.95)
+    rho = min(max(rho + (1 + 3 * rho) / count, 0.0), 0.95)
     wanted = max((math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3), 1.0) * count ** (1 / 3)
-    return max(1, min(math.ceil(wanted), count // 4))
+    return int(max(1, min(math.ceil(wanted), count // 4)))
 
 
 def _round_ratios(seconds: Seconds, baseline: Seconds) -> NDArray[np.float64]:
@@ -70,6 +76,11 @@ def _resampled_rounds(series: NDArray[np.float64], rng: np.random.Generator) -> 
     return rows.reshape(RESAMPLES, -1)[:, :count]
 
 
-def _percentile_interval(estimates: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(estimates, [2.5, 97.5])
+def _percentile_interval(estimates: NDArray[np.float64], blocks: float) -> Interval:
+    """Return the expanded percentile interval: wider the fewer blocks there were (Hesterberg 2015).
+
+    The tails are those of Student's t instead of the normal: Phi(-sqrt(b / (b - 1)) t(0.975, b - 1)) for b blocks.
+    """
+    tail = 100 * float(ndtr(math.sqrt(blocks / (blocks - 1)) * stdtrit(blocks - 1, 0.025)))
+    low, high = np.percentile(estimates, [tail, 100 - tail])
     return float(low), float(high)

@@ -114,11 +114,13 @@ class Model:
     def module(self) -> nn.Module:
         """Return a fresh runnable module in evaluation mode that shares no memory with this value."""
         module = copy.deepcopy(self.skeleton)
-        values = dict(self.tensors)
-        for name, weight in self.weights.items():
-            values[name] = self.layouts[name].to_param(weight.dense())
-        fill(module, values)
+        fill(module, self.values())
         return module.eval()
+
+    def values(self) -> dict[str, Tensor]:
+        """Return every parameter and buffer by canonical name, weights decoded."""
+        weights = {name: self.layouts[name].to_param(weight.dense()) for name, weight in self.weights.items()}
+        return {**dict(self.skeleton.named_buffers()), **self.tensors, **weights}
 
     def aliases(self) -> dict[str, str]:
         """Return other name -> canonical name of each parameter or buffer that has several."""

@@ -81,10 +81,23 @@ def merge(parts: list[tuple[Site, LayerStats]]) -> LayerStats:
         return LayerStats(rows=sum(s.rows for s in counts), row_counts=summed)
     if len(used) == 1:
         return used[0][1]
+    if all(site.first == 0 and site.count == used[0][0].count for site, _ in used):
+        return _total([stats for _, stats in used])
     run = math.gcd(*(number for site, _ in used for number in (site.first, site.count)))
     out = max(site.first + site.count for site, _ in used)
     groups = out // run if out // run <= MAX_ROW_GROUPS else 1
     return _spread(used, groups, out)
+
+
+def _total(parts: list[LayerStats]) -> LayerStats:
+    rows = sum(part.rows for part in parts)
+    grams = [part.gram for part in parts if part.gram is not None]
+    sums = [part.mean * part.rows for part in parts if part.mean is not None]
+    return LayerStats(
+        rows=rows,
+        gram=torch.stack(grams).sum(0) if grams else None,
+        mean=torch.stack(sums).sum(0) / max(rows, 1) if sums else None,
+    )
 
 
 def _spread(used: list[tuple[Site, LayerStats]], groups: int, out: int) -> LayerStats:

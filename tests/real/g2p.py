@@ -4,9 +4,9 @@ Checkpoint `g2p/g2p_gru.safetensors`: its flat names (`enc_w_ih`, ...) are kept,
 them and the recurrences are calls of torch.gru. Of the 3000 words, those of 5 to 9 letters among the first 1000 are for
 calibration, those of up to 9 letters among the other 2000 for the metric.
 
-torch.export (2.13) fixes the length of a recurrence, so both inputs have fixed widths, filled up with PAD; the module
-itself takes any width, and `rates_all` uses wider ones. Words of up to 9 letters keep the filling at about a fifth of
-what calibration sees.
+torch.export (2.13) fixes the length of a recurrence, so both inputs have fixed widths: 10 letters, 12 phonemes. What
+stands behind the end of a word changes nothing before it: the metric puts PAD there, and calibration the word again, so
+that its statistics are of letters and phonemes. The module itself takes any width, and `rates_all` uses wider ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Words = list[tuple[str, list[list[str]]]]
 class G2P(nn.Module):
     """Logits [batch, m, 74] of the phoneme after each of `phonemes` [batch, m], for the words `letters` [batch, n].
 
-    Both inputs are int64. Letters end with WORD_END; phonemes begin with START (teacher forcing); then follows PAD.
+    Both inputs are int64. Letters end with WORD_END; phonemes begin with START (teacher forcing).
     """
 
     def __init__(self) -> None:
@@ -73,8 +73,8 @@ def calibration(samples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     pool = [word for word in _words()[:CALIBRATION_WORDS] if len(word[0]) in CALIBRATION_LETTERS]
     drawn = [pool[i] for i in _data().draw(len(pool), samples, seed)]
     index = {phoneme: i for i, phoneme in enumerate(_phonemes())}
-    said = _filled([[START, *(index[p] for p in accepted[0])] for _, accepted in drawn], STEPS)
-    letters = _letters([word for word, _ in drawn], LONGEST)
+    letters = torch.tensor([_repeated(_letters(word), LONGEST + 1) for word, _ in drawn])
+    said = torch.tensor([_repeated([START, *(index[p] for p in accepted[0])], STEPS) for _, accepted in drawn])
     return list(zip(letters.split(CALIBRATION_BATCH), said.split(CALIBRATION_BATCH), strict=True))
 
 
@@ -99,7 +99,7 @@ def phoneme_errors(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return each word's edit distance to the nearest accepted pronunciation, and that pronunciation's length."""
     names = _phonemes()
-    letters = _letters([word for word, _ in words], longest)
+    letters = torch.tensor([_letters(word) + [PAD] * (longest - len(word)) for word, _ in words])
     spoken = itertools.chain.from_iterable(greedy(model, part, steps) for part in letters.split(METRIC_BATCH))
     nearest = []
     for codes, (_, accepted) in zip(spoken, words, strict=True):
@@ -131,12 +131,12 @@ def edit_distance(said: list[str], wanted: list[str]) -> int:
     return row[-1]
 
 
-def _letters(words: list[str], longest: int) -> Tensor:
-    return _filled([[ord(letter) - ord("a") + 3 for letter in word] + [WORD_END] for word in words], longest + 1)
+def _letters(word: str) -> list[int]:
+    return [ord(letter) - ord("a") + 3 for letter in word] + [WORD_END]
 
 
-def _filled(rows: list[list[int]], width: int) -> Tensor:
-    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+def _repeated(codes: list[int], width: int) -> list[int]:
+    return list(itertools.islice(itertools.cycle(codes), width))
 
 
 def _words() -> Words:

@@ -1,0 +1,202 @@
+"""Find the first layer of an ONNX file whose values differ from torch.
+
+ONNX values keep the names of the torch nodes that made them, so both sides can be asked for the same value. The graph
+is bisected, one extra output a time: memory holds one intermediate value of the file, and torch runs up to the node in
+question, freeing the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
+
+from ..optimizer.errors import ExportError
+from ..optimizer.model import Model
+from .difference import difference
+from .onnx_trace import torch_program
+from .runner import Open, RunnerOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Search:
+    """How to look: the inputs that show the difference, what is allowed, and which output exceeds it."""
+
+    open_: Open
+    inputs: tuple[Tensor, ...]
+    limit: float
+    output: int
+
+
+def first_bad_layer(model: Model, path: Path, search: Search) -> str | None:
+    """Return "module (value)" of a value that is wrong although all values it is made of are right.
+
+    None where the file does not name its values after torch nodes (another tool wrote it).
+    """
+    proto = onnx.load(path, load_external_data=False)
+    opset = next(known.version for known in proto.opset_import if not known.domain)
+    program = torch_program(model.module(), model.inputs, model.examples(2), opset)
+    probe = _Probe(model=model, path=path, search=search, proto=proto, program=program, nodes=_nodes(proto, program))
+    bad = proto.graph.output[search.output].name
+    if bad not in probe.nodes:
+        return None
+    lineage = _Lineage(proto=proto, known=frozenset(probe.nodes))
+    while True:
+        bad = _bisect(probe, lineage.ancestors(bad), bad)
+        worse = next((name for name in lineage.parents(bad) if probe.is_bad(name)), None)
+        if worse is None:
+            return _describe(proto, bad, probe.nodes[bad].name)
+        bad = worse
+
+
+def _bisect(probe: _Probe, ancestors: Sequence[str], bad: str) -> str:
+    """Return the first bad value of `ancestors` (in graph order), or `bad`, as if errors never healed."""
+    order = [*ancestors, bad]
+    good, found = -1, len(order) - 1
+    while found - good > 1:
+        middle = (good + found) // 2
+        if probe.is_bad(order[middle]):
+            found = middle
+        else:
+            good = middle
+    return order[found]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Lineage:
+    """Which comparable values a value is made of."""
+
+    proto: onnx.ModelProto
+    known: frozenset[str]
+
+    def ancestors(self, name: str) -> list[str]:
+        """Return all comparable values behind `name`, in graph order."""
+        makers = self._makers()
+        seen, todo = set[str](), [name]
+        while todo:
+            for source in makers.get(todo.pop(), ()):
+                if source not in seen:
+                    seen.add(source)
+                    todo.append(source)
+        return [out for node in self.proto.graph.node for out in node.output if out in seen & self.known]
+
+    def parents(self, name: str) -> list[str]:
+        """Return the nearest comparable values behind `name`."""
+        makers, seen, todo, found = self._makers(), set[str](), [name], list[str]()
+        while todo:
+            for source in makers.get(todo.pop(), ()):
+                if source in seen:
+                    continue
+                seen.add(source)
+                (found if source in self.known else todo).append(source)
+        return found
+
+    def _makers(self) -> dict[str, list[str]]:
+        return {out: list(node.input) for node in self.proto.graph.node for out in node.output}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Probe:
+    model: Model
+    path: Path
+    search: Search
+    proto: onnx.ModelProto
+    program: torch.export.ExportedProgram
+    nodes: Mapping[str, fx.Node]
+    answers: dict[str, bool] = field(default_factory=dict)
+
+    def is_bad(self, name: str) -> bool:
+        """Whether a value of the file differs from torch; a value of another shape tells nothing and counts as good."""
+        if name not in self.answers:
+            want, have = self._torch(self.nodes[name]), self._file(name)
+            self.answers[name] = want.shape == have.shape and not difference(want, have)[1] <= self.search.limit
+        return self.answers[name]
+
+    def _torch(self, node: fx.Node) -> np.ndarray:
+        with torch.no_grad():
+            value = _run_until(self.program, node, self.search.inputs)
+        return value.numpy(force=True)
+
+    def _file(self, name: str) -> np.ndarray:
+        probe = onnx.ModelProto()
+        probe.CopyFrom(self.proto)
+        if name not in {value.name for value in probe.graph.output}:
+            dtype = from_torch_dtype(self.nodes[name].meta["val"].dtype)
+            probe.graph.output.append(onnx.helper.make_tensor_value_info(name, int(dtype), None))
+        beside = self.path.with_name(f".{self.path.stem}.probe.onnx")
+        try:
+            beside.write_bytes(probe.SerializeToString())
+            names = [spec.name for spec in self.model.inputs]
+            feeds = {key: value.numpy() for key, value in zip(names, self.search.inputs, strict=True)}
+            return self.search.open_(beside, RunnerOptions(exact=True)).run(feeds)[name]
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _nodes(proto: onnx.ModelProto, program: torch.export.ExportedProgram) -> dict[str, fx.Node]:
+    """Return ONNX value name -> torch node, for the floating values that both sides have."""
+    by_name = {node.name: node for node in program.graph.nodes if _is_floating(node)}
+    found = {out: by_name[out] for node in proto.graph.node for out in node.output if out in by_name}
+    names = [name for name in program.graph_signature.user_outputs if isinstance(name, str)]
+    if len(names) == len(proto.graph.output):
+        found |= {out.name: by_name[n] for out, n in zip(proto.graph.output, names, strict=True) if n in by_name}
+    return found
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point()
+
+
+class _Reached(Exception):
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class _Until(fx.Interpreter):
+    """Run a graph up to one node; each value is freed after its last use."""
+
+    def __init__(self, graph: fx.GraphModule, last: fx.Node) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self._last = last.name
+
+    def run_node(self, n: fx.Node) -> Any:
+        if "assert" in str(n.target):  # the trace's own claims about sizes; what is wrong shows in the values
+            return None
+        value = super().run_node(n)
+        if n.name == self._last:
+            raise _Reached(value)
+        return value
+
+
+def _run_until(program: torch.export.ExportedProgram, last: fx.Node, inputs: Sequence[Tensor]) -> Tensor:
+    try:
+        _Until(program.graph_module, last).run(*_arguments(program, inputs))
+    except _Reached as reached:
+        return reached.value
+    raise ExportError(f'the torch program has no node "{last.name}"')
+
+
+def _arguments(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) -> Iterator[Any]:
+    """Yield the values of the placeholders: parameters, buffers and constants of the program, then inputs in order."""
+    given = iter(inputs)
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT:
+            yield next(given)
+        else:
+            target = str(spec.target)
+            yield program.state_dict[target] if target in program.state_dict else program.constants[target]
+
+
+def _describe(proto: onnx.ModelProto, value: str, node: str) -> str:
+    maker = next(n.name for n in proto.graph.node if value in n.output)
+    module = maker.rpartition("/")[0]
+    return f"{module} ({node})" if module else node

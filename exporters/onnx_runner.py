@@ -1,0 +1,106 @@
+"""Run an ONNX file in onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime
+
+from ..optimizer.errors import ExportError, InputError
+from .runner import RunnerOptions
+
+if TYPE_CHECKING:
+    from ..optimizer.model import InputSpec
+
+NUMPY_NAMES = {"float": "float32", "double": "float64"}
+"""onnxruntime's names of types that numpy calls otherwise."""
+
+
+class OnnxRunner:
+    """An ONNX file in a session; `outputs` are the names that `run` returns, in the order of the file."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._outputs = tuple(str(value.name) for value in session.get_outputs())
+
+    @property
+    def name(self) -> str:
+        return "onnxruntime"
+
+    @property
+    def inputs(self) -> Sequence[InputSpec]:
+        from ..optimizer.model import InputSpec
+
+        values = self._session.get_inputs()
+        return tuple(InputSpec(name=value.name, shape=_shape(value), dtype=_dtype(value)) for value in values)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self._outputs
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return one array per output; an InputError where the feeds do not fit the inputs."""
+        try:
+            values = self._session.run(None, feeds)
+        except Exception as error:
+            self._explain(feeds)
+            raise ExportError(f"onnxruntime stopped: {_first_line(error)}") from error
+        return dict(zip(self._outputs, values, strict=True))
+
+    def _explain(self, feeds: dict[str, np.ndarray]) -> None:
+        """Raise the InputError that says which feed does not fit, if one does not."""
+        known = {value.name: value for value in self._session.get_inputs()}
+        if known.keys() != feeds.keys():
+            have, want = ", ".join(sorted(feeds)) or "none", ", ".join(known)
+            raise InputError(f"the file takes the inputs {want}", where=f"feeds {have}", fix="pass exactly those")
+        for name, value in known.items():
+            array, where = feeds[name], f'input "{name}"'
+            if str(array.dtype) != _dtype(value):
+                raise InputError(f"dtype {array.dtype} was fed, the file takes {_dtype(value)}", where=where)
+            if not _fits(array.shape, _shape(value)):
+                wanted = f"[{', '.join(map(str, _shape(value)))}]"
+                raise InputError(f"shape {list(array.shape)} was fed, the file takes {wanted}", where=where)
+
+
+def load(path: Path, options: RunnerOptions) -> OnnxRunner:
+    """Return the file ready to run; ExportError if onnxruntime does not take it.
+
+    exact: onnxruntime's kernels for low bits otherwise round activations to int8 (0.5 % error, onnxruntime 1.31).
+    """
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level, settings.inter_op_num_threads = 4, 1
+    settings.intra_op_num_threads = options.threads
+    if options.exact:
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime does not load it: {_first_line(error)}",
+            where=path.name,
+            fix="bfloat16 and opsets above 25 need another runtime; else export it again",
+        ) from error
+    return OnnxRunner(session)
+
+
+def _dtype(value: onnxruntime.NodeArg) -> str:
+    inner = str(value.type).removeprefix("tensor(").removesuffix(")")
+    return NUMPY_NAMES.get(inner, inner)
+
+
+def _shape(value: onnxruntime.NodeArg) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, int) else str(size or f"dim_{i}") for i, size in enumerate(value.shape))
+
+
+def _fits(have: tuple[int, ...], want: tuple[int | str, ...]) -> bool:
+    if len(have) != len(want):
+        return False
+    return all(isinstance(wanted, str) or size == wanted for size, wanted in zip(have, want, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].removeprefix("[ONNXRuntimeError] : ") if lines else type(error).__name__

@@ -1,0 +1,308 @@
+"""The quantize step: fold normalizations, then quantize layer after layer on what the compressed prefix feeds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import correct, fold, tree
+from .codes import Format
+from .data import Calibration, rebatch, split
+from .errors import Error, InfeasibleError, RecipeError, nearest
+from .graph import Graph, Site
+from .model import Model
+from .stats import LayerStats, Stats, collect, observe
+from .walk import Reader, Traced, Visitor, trace, walk
+from .weight import Dense, Weight
+
+
+MICRO_BATCH = 64
+"""Samples per operator call while calibrating; all samples are alive at once whatever it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What to quantize. Every field of the quantizer's own Spec may stand beside these.
+
+    layers, skip, override: globs over layer names ("layer3.*", "*.fc"); override maps a glob to changed fields.
+    fold_norm: fold batch normalization first. correct_bias: match each layer's mean output to the original's.
+    reestimate: match the spread of folded normalizations too. Both corrections are kept only where the part
+    `held_out` of the calibration data, which nothing else sees, has a smaller output error with them.
+    """
+
+    quantizer: str = "lnq"
+    layers: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
+    override: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fold_norm: bool = True
+    correct_bias: bool = True
+    reestimate: bool = True
+    held_out: float = 0.125
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise RecipeError(f"held_out={self.held_out} is out of range", fix="use a part between 0 and 1")
+
+
+class Quantizer(Protocol):
+    """What a file in `quantizers/` offers."""
+
+    Spec: type
+    needs: frozenset[str]
+
+    def quantize(self, w: Float[Tensor, "out in"], stats: LayerStats | None, spec: Any) -> Weight: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What happens to one layer: a quantizer with its spec, or nothing and why."""
+
+    layer: str
+    quantizer: str = ""
+    spec: Any = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerResult:
+    """What came of one layer: relative output error ||(W' - W) X|| / ||W X|| on its calibration inputs."""
+
+    layer: str
+    error_rel: float
+    reason: str = ""
+
+
+class Cache(Protocol):
+    """Where finished layers are kept, so that a killed run goes on from them."""
+
+    def get(self, key: str) -> Weight | None: ...
+
+    def put(self, key: str, weight: Weight) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What a run lends to a step: where to report progress (done, total, label) and where to keep layers."""
+
+    progress: Callable[[float, float, str], None] = lambda done, total, label: None
+    cache: Cache | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    model: Model
+    layers: tuple[LayerResult, ...]
+    notes: tuple[str, ...]
+
+
+def quantizer_module(name: str) -> Quantizer:
+    """Return `quantizers/<name>.py`, or somebody else's module where the name has a dot."""
+    known = sorted(p.stem for p in (Path(__file__).parent / "quantizers").glob("*.py") if p.stem != "__init__")
+    if "." not in name and name not in known:
+        raise RecipeError(f'unknown quantizer "{name}"', fix=nearest(name, known))
+    try:
+        module: ModuleType = importlib.import_module(name if "." in name else f"{__package__}.quantizers.{name}")
+    except ImportError as error:
+        raise RecipeError(f'quantizer "{name}" cannot be imported: {error}', fix="install the module or fix its name") from error
+    return module  # type: ignore[return-value]
+
+
+def spec_types(fields: Mapping[str, Any]) -> tuple[type, ...]:
+    """Return the dataclasses whose fields a `quantize:` mapping may hold."""
+    return Spec, quantizer_module(str(fields.get("quantizer", "lnq"))).Spec
+
+
+def plan(model: Model, spec: Spec, options: Any, graph: Graph) -> tuple[Decision, ...]:
+    """Resolve globs and overrides to one decision per layer, in graph order.
+
+    Raises RecipeError for a glob that matches nothing, an unknown field, or a layer that is compressed already.
+    """
+    uses = graph.of_param()
+    names = [*uses, *(name for name in model.weights if name not in uses)]
+    for pattern in (*spec.layers, *spec.skip, *spec.override):
+        if not any(matches(pattern, name) for name in names):
+            raise RecipeError(f'"{pattern}" matches no layer', fix=nearest(pattern, [short(name) for name in names]))
+    decisions = []
+    for name in names:
+        if name not in model.weights:
+            continue
+        reason = _kept_because(name, spec, uses)
+        if reason:
+            decisions.append(Decision(layer=name, reason=reason))
+            continue
+        if not isinstance(model.weights[name], Dense):
+            raise RecipeError(f'layer "{short(name)}" is compressed already', fix="quantize each layer in one step only")
+        quantizer, layer_spec = _resolve(name, spec, options)
+        decisions.append(Decision(layer=name, quantizer=quantizer, spec=layer_spec))
+    return tuple(decisions)
+
+
+def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: Calibration, hooks: Hooks) -> Result:
+    """Return the quantized model; a part of the calibration data is held out to judge corrections."""
+    fit, held = (rebatch(part, MICRO_BATCH) for part in split(calibration, spec.held_out, hooks.seed))
+    folded = _fold(model, decisions, trace(model.module(), fit.batches[:1]).graph) if spec.fold_norm else model
+    module = folded.module()
+    traced = trace(module, fit.batches)
+    quantized, results = _quantize(folded, decisions, traced, hooks)
+    kinds = tuple(_corrections(spec))
+    if not kinds:
+        return Result(model=quantized, layers=results, notes=())
+    hooks.progress(1, 1, "corrections")
+    data = correct.Data(fit=traced, held_out=trace(module, held.batches))
+    corrected, notes = correct.choose(folded, quantized, data, kinds)
+    return Result(model=corrected, layers=results, notes=notes)
+
+
+def matches(pattern: str, layer: str) -> bool:
+    return fnmatch(layer, pattern) or fnmatch(short(layer), pattern)
+
+
+def short(layer: str) -> str:
+    """Return a layer's name as people write it: "conv1" for "conv1.weight"."""
+    return layer.removesuffix(".weight")
+
+
+def describe(decision: Decision) -> dict[str, Any]:
+    """Return a decision as plain data for plan.yaml."""
+    if not decision.quantizer:
+        return {"keep": decision.reason}
+    return {"quantizer": decision.quantizer, **_flat(decision.spec)}
+
+
+def restore(layer: str, data: Mapping[str, Any]) -> Decision:
+    """Return the decision that `describe` wrote."""
+    if "keep" in data:
+        return Decision(layer=layer, reason=str(data["keep"]))
+    name = str(data.get("quantizer", ""))
+    spec = _changed(quantizer_module(name).Spec(format=Format()), {k: v for k, v in data.items() if k != "quantizer"}, layer)
+    return Decision(layer=layer, quantizer=name, spec=spec)
+
+
+def _quantize(
+    model: Model, decisions: Sequence[Decision], traced: Traced, hooks: Hooks
+) -> tuple[Model, tuple[LayerResult, ...]]:
+    uses = traced.graph.of_param()
+    pending = {d.layer: d for d in decisions if d.quantizer}
+    values = model.values()
+    shared = _collect_shared(traced, values, pending, uses)
+    done: dict[str, Weight] = {}
+    errors: dict[str, LayerResult] = {}
+
+    def before(site: Site, reader: Reader) -> Tensor | None:
+        decision = pending.pop(site.param, None)
+        if decision is None:
+            return None
+        hooks.progress(len(done), len(done) + len(pending) + 1, f"quantize {short(site.param)}")
+        matrix = site.layout.to_matrix(values[site.param])
+        stats = shared.get(site.param) or observe(reader, frozenset({"gram"}))
+        weight = _solve(decision, matrix, stats, hooks.cache)
+        done[site.param] = weight
+        error = output_error(matrix, weight.dense(), stats)
+        errors[site.param] = LayerResult(layer=site.param, error_rel=error)
+        return site.layout.to_param(weight.dense())
+
+    walk(traced, values, Visitor(before=before))
+    layouts = {param: sites[0].layout for param, sites in uses.items() if param in done}
+    changed = replace(model.with_weights(done), layouts={**model.layouts, **layouts})
+    kept = [LayerResult(layer=d.layer, error_rel=0.0, reason=d.reason) for d in decisions if d.layer not in done]
+    return changed, (*errors.values(), *kept)
+
+
+def _fold(model: Model, decisions: Sequence[Decision], graph: Graph) -> Model:
+    wanted = {decision.layer for decision in decisions if decision.quantizer}
+    return fold.apply(model, tuple(f for f in fold.plan(model, graph) if f"{f.into}.weight" in wanted))
+
+
+def _collect_shared(
+    traced: Traced, values: Mapping[str, Tensor], pending: Mapping[str, Decision], uses: Mapping[str, Sequence[Site]]
+) -> Stats:
+    """Gather the statistics of weights used at several sites before any is quantized."""
+    shared = {param for param, sites in uses.items() if len(sites) > 1 and param in pending}
+    return collect(traced, values, frozenset({"gram"}), shared) if shared else {}
+
+
+def _solve(decision: Decision, matrix: Tensor, stats: LayerStats, cache: Cache | None) -> Weight:
+    known = cache.get(decision.layer) if cache else None
+    if known is not None:
+        return known
+    spec = decision.spec
+    if stats.gram is None and getattr(spec.format, "feedback", False):
+        spec = replace(spec, format=replace(spec.format, feedback=False))
+    try:
+        weight = quantizer_module(decision.quantizer).quantize(matrix, stats, spec)
+    except Error as error:
+        raise type(error)(error.what, where=f'layer "{short(decision.layer)}"', fix=error.fix) from error
+    if not torch.isfinite(weight.dense()).all():
+        raise InfeasibleError(f'layer "{short(decision.layer)}" has non-finite weights after {decision.quantizer}')
+    if cache:
+        cache.put(decision.layer, weight)
+    return weight
+
+
+def output_error(before: Float[Tensor, "out in"], after: Float[Tensor, "out in"], stats: LayerStats) -> float:
+    """Return ||(after - before) X|| / ||before X|| from the gram; plain Frobenius norms where there is none."""
+    delta, reference = (after.double() - before.double()), before.double()
+    return (_energy(delta, stats) / max(_energy(reference, stats), 1e-300)) ** 0.5
+
+
+def _energy(matrix: Tensor, stats: LayerStats) -> float:
+    if stats.gram is None:
+        weights = torch.ones(len(matrix), dtype=torch.float64) if stats.row_counts is None else stats.row_counts
+        return float((matrix.square().sum(1) * weights).sum())
+    grouped = matrix.reshape(len(stats.gram), -1, matrix.shape[1])
+    return max(0.0, float((grouped @ stats.gram * grouped).sum()))
+
+
+def _kept_because(name: str, spec: Spec, uses: Mapping[str, Sequence[Site]]) -> str:
+    if name not in uses:
+        return "no operator that paredown knows multiplies it"
+    if any(matches(pattern, name) for pattern in spec.skip):
+        return "skipped by the recipe"
+    if not any(matches(pattern, name) for pattern in spec.layers):
+        return "not among the recipe's layers"
+    if len({site.layout for site in uses[name]}) > 1:
+        return "used in two orientations"
+    return ""
+
+
+def _resolve(name: str, spec: Spec, options: Any) -> tuple[str, Any]:
+    quantizer, chosen = spec.quantizer, options
+    for pattern, changes in spec.override.items():
+        if matches(pattern, name):
+            changes = dict(changes)
+            where = f'override "{pattern}"'
+            if changes.get("quantizer", quantizer) != quantizer:
+                quantizer = str(changes["quantizer"])
+                chosen = quantizer_module(quantizer).Spec(format=chosen.format)
+            changes.pop("quantizer", None)
+            chosen = _changed(chosen, changes, where)
+    return quantizer, chosen
+
+
+def _changed(spec: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """Return a quantizer's Spec with fields changed, those of its format included."""
+    node = tree.of_plain({**_flat(spec), **changes}, where)
+    return tree.build_all((type(spec),), node, where)[0]
+
+
+def _flat(spec: Any) -> dict[str, Any]:
+    data = dataclasses.asdict(spec)
+    return {**data.pop("format"), **data}
+
+
+def _corrections(spec: Spec) -> Iterable[correct.Kind]:
+    if spec.correct_bias:
+        yield "bias"
+    if spec.reestimate:
+        yield "normalization"

@@ -1,0 +1,179 @@
+"""A report in the terminal, alone or next to another one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import report_format as fmt
+from .report_summary import Line, lines, widths
+from .report_value import Report, at, decision, layer_name, number, rows, text
+from .verdict import headline, reason_when_slower, speed
+
+MAX_LAYERS = 40
+_COLOURS = {"good": "green", "bad": "red", "same": ""}
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the summary of one report; its first line is the verdict."""
+    console.print(f"[bold]{escape(headline(report))}[/bold]", highlight=False)
+    console.print(escape(speed(rows(report, "bench"), reason_when_slower(report))), highlight=False)
+    if text(report, "environment", "bench_caution"):
+        console.print(f"[yellow]{escape(text(report, 'environment', 'bench_caution'))}[/yellow]", highlight=False)
+    for table in (_summary(report), _widths(report), _layers(report), _decisions(report), _verify(report)):
+        if table.row_count:
+            console.print()
+            console.print(table)
+
+
+def print_diff(first: Report, second: Report, console: Console) -> None:
+    """Print two reports side by side; a star marks lines that differ."""
+    console.print(f"[bold]A[/bold]  {escape(headline(first))}", highlight=False)
+    console.print(f"[bold]B[/bold]  {escape(headline(second))}", highlight=False)
+    tables = [
+        _two("results", _result_cells(first), _result_cells(second)),
+        _two("settings", _setting_cells(first), _setting_cells(second)),
+        _two("steps", _step_cells(first), _step_cells(second)),
+        _two("layers that differ", *_only_different(_layer_cells(first), _layer_cells(second))),
+    ]
+    for table in tables:
+        if table.row_count:
+            console.print()
+            console.print(table)
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right")
+    return table
+
+
+def _summary(report: Report) -> Table:
+    table = _table("before and after", "", "original", "optimized", "change")
+    for line in lines(report):
+        colour = _COLOURS[line.tone]
+        change = _with_note(line.change, line.change_note)
+        table.add_row(
+            escape(_label(line)),
+            _with_note(line.before, line.before_note),
+            _with_note(line.after, line.after_note),
+            f"[{colour}]{change}[/{colour}]" if colour else change,
+        )
+    return table
+
+
+def _label(line: Line) -> str:
+    return f"{line.label}, {line.condition}" if line.condition else line.label
+
+
+def _with_note(value: str, note: str) -> str:
+    return escape(f"{value} ({note})" if note else value)
+
+
+def _widths(report: Report) -> Table:
+    table = _table("bit widths", "bits", "layers", "weights", "share", "size")
+    for width in widths(rows(report, "layers")):
+        share, held = f"{100 * width.share:.1f} %", fmt.count(width.weights)
+        table.add_row(fmt.plain(width.bits), str(width.layers), held, share, fmt.size(width.bytes))
+    return table
+
+
+def _layers(report: Report) -> Table:
+    found = rows(report, "layers")
+    more = f" (first {MAX_LAYERS} of {len(found)}; all are in report.html)" if len(found) > MAX_LAYERS else ""
+    table = _table("layers" + more, "name", "format", "mode", "shape", "bits", "size", "error", left=3)
+    for layer in found[:MAX_LAYERS]:
+        table.add_row(
+            escape(text(layer, "name")),
+            escape(text(layer, "format") or fmt.DASH),
+            escape(text(layer, "mode") or fmt.DASH),
+            escape(fmt.mapping(at(layer, "shape"))),
+            fmt.plain(number(layer, "bits")),
+            fmt.size(number(layer, "size_bytes")),
+            fmt.plain(number(layer, "error_rel")),
+        )
+    return table
+
+
+def _decisions(report: Report) -> Table:
+    table = _table("decisions", "layer", "decision", "reason", left=3)
+    for row in rows(report, "decisions"):
+        kind, value = decision(row)
+        shown = f"{kind} {value}".strip() or fmt.DASH
+        table.add_row(escape(layer_name(row)), escape(shown), escape(text(row, "reason")))
+    return table
+
+
+def _verify(report: Report) -> Table:
+    table = _table("verification", "runtime", "batch", "max abs", "relative", "same argmax", "first bad layer")
+    for row in rows(report, "verify"):
+        agreement = number(row, "argmax_agreement")
+        table.add_row(
+            escape(text(row, "runtime") or fmt.DASH),
+            text(row, "batch") or fmt.DASH,
+            fmt.plain(number(row, "max_abs")),
+            fmt.plain(number(row, "rel")),
+            fmt.DASH if agreement is None else f"{100 * agreement:.2f} %",
+            escape(text(row, "first_bad_layer") or "none"),
+        )
+    return table
+
+
+def _two(title: str, first: Sequence[tuple[str, str]], second: Sequence[tuple[str, str]]) -> Table:
+    table = _table(title, "", "A", "B", "differs", left=1)
+    for name in dict.fromkeys([*dict(first), *dict(second)]):
+        left, right = dict(first).get(name, fmt.DASH), dict(second).get(name, fmt.DASH)
+        mark = "" if left == right else "[yellow]*[/yellow]"
+        if (left, right) != (fmt.DASH, fmt.DASH):
+            table.add_row(escape(name), escape(left), escape(right), mark)
+    return table
+
+
+def _only_different(
+    first: Sequence[tuple[str, str]], second: Sequence[tuple[str, str]]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    same = set(first) & set(second)
+    left, right = ([cell for cell in cells if cell not in same] for cells in (first, second))
+    return left, right
+
+
+def _result_cells(report: Report) -> list[tuple[str, str]]:
+    def cells(line: Line) -> list[tuple[str, str]]:
+        after = f"{line.after} ({line.after_note})" if line.after_note else line.after
+        change = f"{line.change} ({line.change_note})" if line.change_note else line.change
+        return [(_label(line), after), (f"{_label(line)}, change", change)]
+
+    return [cell for line in lines(report) for cell in cells(line)]
+
+
+def _setting_cells(report: Report) -> list[tuple[str, str]]:
+    environment = at(report, "environment")
+    found = [("command", text(report, "command")), ("seed", text(report, "seed"))]
+    if isinstance(environment, dict):
+        found += [(str(key), fmt.mapping(value)) for key, value in environment.items()]
+    return [(name, value or fmt.DASH) for name, value in found]
+
+
+def _step_cells(report: Report) -> list[tuple[str, str]]:
+    found = enumerate(rows(report, "steps"), start=1)
+    return [(f"{index}. {text(step, 'step')}", _step(step)) for index, step in found]
+
+
+def _step(step: Report) -> str:
+    parts = [fmt.mapping(at(step, "spec")), fmt.seconds(number(step, "seconds"))]
+    return "; ".join(part for part in parts if part and part != fmt.DASH) or fmt.DASH
+
+
+def _layer_cells(report: Report) -> list[tuple[str, str]]:
+    return [(text(layer, "name"), _layer(layer)) for layer in rows(report, "layers")]
+
+
+def _layer(layer: Report) -> str:
+    parts = [text(layer, "format"), f"{fmt.plain(number(layer, 'bits'))} bits", fmt.size(number(layer, "size_bytes"))]
+    shape = at(layer, "shape")
+    return " ".join(part for part in [*parts, fmt.mapping(shape) if shape else ""] if part)

@@ -1,0 +1,119 @@
+"""The verdict says plainly what the rows say; files hold every sample."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paredown.bench import compare
+from paredown.bench.edge import Row
+from rich.console import Console
+
+BASE = Row(
+    artifact="dense.onnx",
+    runtime="onnxruntime",
+    batch=1,
+    threads=1,
+    latency_ms_p50=10.0,
+    latency_ms_p90=11.0,
+    latency_ms_p99=12.0,
+    ci95=(9.9, 10.1),
+    throughput_per_s=99.0,
+    peak_rss_bytes=None,
+    ratio_to_baseline=1.0,
+    ratio_ci95=(1.0, 1.0),
+    samples=np.full((20, 2), 0.01),
+    stable=True,
+)
+
+
+def _row(ratio: float, half: float = 0.02, **changes: object) -> Row:
+    values = {"artifact": "small.onnx", "ratio_to_baseline": ratio, "ratio_ci95": (ratio - half, ratio + half)}
+    return replace(BASE, **(values | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (
+            _row(1.32),
+            "Slower: small.onnx takes 1.32 times as long as dense.onnx at batch 1, 1 thread "
+            "(95 % interval 1.30 to 1.34); low-bit kernels are not registered.",
+        ),
+        (
+            _row(0.5, 0.1),
+            "Faster: small.onnx runs 2.00 times as fast as dense.onnx at batch 1, 1 thread "
+            "(95 % interval 1.67 to 2.50).",
+        ),
+        (
+            _row(0.9, 0.2),
+            "No measurable difference: small.onnx takes 0.90 times as long as dense.onnx at batch 1, 1 thread "
+            "(95 % interval 0.70 to 1.10).",
+        ),
+        (
+            _row(1.01, 0.001),
+            "No measurable difference: small.onnx takes 1.01 times as long as dense.onnx at batch 1, 1 thread "
+            "(95 % interval 1.01 to 1.01).",
+        ),
+        (
+            _row(0.9, ratio_ci95=None),
+            "Not measured well enough: small.onnx takes 0.90 times as long as dense.onnx at batch 1, 1 thread, "
+            "from too few rounds for an interval.",
+        ),
+    ],
+)
+def test_one_sentence(row: Row, sentence: str) -> None:
+    assert compare.verdict([BASE, row], "low-bit kernels are not registered.") == sentence
+
+
+def test_slower_comes_first_and_the_other_cells_follow() -> None:
+    rows = [BASE, _row(0.8), replace(BASE, batch=32), _row(1.5, batch=32)]
+    verdict = compare.verdict(rows)
+    assert verdict.startswith("Slower: small.onnx takes 1.50 times as long as dense.onnx at batch 32, 1 thread")
+    assert verdict.endswith("; faster at batch 1, 1 thread (1.25 times as fast).")
+
+
+def test_slowest_artifact_comes_first() -> None:
+    verdict = compare.verdict([BASE, _row(0.5), _row(2.0, artifact="worse.onnx")])
+    assert [line.split(":")[0] for line in verdict.splitlines()] == ["Slower", "Faster"]
+
+
+def test_one_artifact_has_no_verdict() -> None:
+    assert compare.verdict([BASE]) == "Speed was not measured."
+    assert compare.verdict([]) == "Speed was not measured."
+
+
+def test_files_hold_rows_samples_and_machine(tmp_path: Path) -> None:
+    rows = [BASE, _row(0.5)]
+    json_path, csv_path = compare.write(rows, tmp_path / "out", {"os": "x"})
+    document = json.loads(json_path.read_text())
+    assert document["schema"] == "paredown.bench/1"
+    assert document["verdict"] == compare.verdict(rows)
+    assert document["environment"] == {"os": "x"}
+    assert np.shape(document["rows"][1]["samples_ms"]) == (20, 2)
+    assert document["rows"][1]["ratio_ci95"] == [0.48, 0.52]
+    with csv_path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["ratio_low"] for line in lines] == ["1.0", "0.48"]
+    assert [line["runs"] for line in lines] == ["40", "40"]
+    assert lines[0]["peak_rss_bytes"] == ""
+
+
+def test_caution_names_what_was_wrong() -> None:
+    assert compare.caution([BASE, _row(0.5, waited=0.01)]) == ""
+    assert compare.caution([BASE, _row(0.5, waited=0.314)]).startswith("The machine was busy: 31 % of the time")
+
+
+def test_table_marks_what_did_not_settle() -> None:
+    console = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
+    compare.show([BASE, _row(0.5, stable=False, artifact="a[b].onnx")], console)
+    shown = console.export_text()
+    console.file.close()
+    assert "a[b].onnx*" in shown
+    assert "0.48..0.52" in shown
+    assert "Latencies had not settled" in shown
+    assert shown.startswith("Faster")
