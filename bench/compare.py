@@ -78,11 +78,14 @@ def show(rows: Sequence[Row], console: Console, reason: str = "") -> None:
 
 def table(rows: Sequence[Row]) -> Table:
     """Return a rich table; a star marks a row whose warm-up did not settle."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     starred = not all(row.stable for row in rows)
-    result = Table("artifact", pad_edge=False, caption="* did not settle during the warm-up" if starred else None)
+    result = Table(
+        "artifact", box=SIMPLE_HEAD, show_edge=False, caption="* did not settle during the warm-up" if starred else None
+    )
     for name in ("batch", "threads", "p50 ms", "95 %", "p90", "p99", "per s", "peak MB", "x baseline", "95 %"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:

@@ -117,7 +117,10 @@ def run(artifacts: Sequence[Path], spec: Spec, open_: Open, progress: Progress =
         cell = _Cell(spec=spec, options=options, paths=tuple(artifacts), open_=open_)
         runners = [open_(path, options) for path in artifacts]
         for batch in spec.batch:
-            progress(len(rows) / (cells * len(artifacts)), f"batch {batch}, {threads or 'default'} threads")
+            progress(
+                len(rows) / (cells * len(artifacts)),
+                f"batch {batch}, {threads or 'default'} thread{'s' * (threads != 1)}",
+            )
             rows += _measure(cell, runners, batch)
     progress(1.0, "done")
     return rows

@@ -13,7 +13,7 @@ from onnxscript.optimizer import fold_constants_ir
 from ..kernels.lut_linear import DOMAIN
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
-from .onnx_trace import quiet_loggers, trace
+from .onnx_trace import name_outputs, quiet_loggers, trace
 from .onnx_weights import add_functions, replace_weights
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def write(model: Model, path: Path, options: Options) -> None:
     graph = trace(model.module(), model.inputs, example, options.opset)
     replace_weights(graph, model.weights, model.layouts, model.aliases())
     _clean(graph)
+    name_outputs(graph.graph)
     add_functions(graph)
     _save(graph, path, options.external_bytes)
     _check(path)
@@ -47,13 +48,15 @@ def _clean(model: ir.Model) -> None:
             passes.IdentityEliminationPass(),
             passes.CommonSubexpressionEliminationPass(),
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            passes.DeduplicateInitializersPass(),
             passes.RemoveUnusedNodesPass(),
             passes.RemoveUnusedOpsetsPass(),
             passes.ClearMetadataAndDocStringPass(),
             passes.TopologicalSortPass(),
             passes.NameFixPass(),
         )(model)
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in (*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)):
+            value.metadata_props.clear()
     model.producer_name, model.producer_version, model.graph.name = "paredown", None, "main"
 
 

@@ -156,7 +156,7 @@ def _is_floating(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point()
 
 
-class _Reached(Exception):
+class _Stop(Exception):
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
@@ -173,15 +173,15 @@ class _Until(fx.Interpreter):
             return None
         value = super().run_node(n)
         if n.name == self._last:
-            raise _Reached(value)
+            raise _Stop(value)
         return value
 
 
 def _run_until(program: torch.export.ExportedProgram, last: fx.Node, inputs: Sequence[Tensor]) -> Tensor:
     try:
         _Until(program.graph_module, last).run(*_arguments(program, inputs))
-    except _Reached as reached:
-        return reached.value
+    except _Stop as stop:
+        return stop.value
     raise ExportError(f'the torch program has no node "{last.name}"')
 
 

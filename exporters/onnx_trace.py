@@ -42,9 +42,21 @@ def trace(module: nn.Module, inputs: Sequence[InputSpec], example: tuple[Tensor,
     model.ir_version = IR_VERSIONS.get(opset, 10)
     _name_nodes(model.graph)
     _name_inputs(model.graph, inputs)
-    _name_outputs(model.graph)
     _check_inputs(model.graph, inputs)
     return model
+
+
+def name_outputs(graph: ir.Graph) -> None:
+    """Name outputs "output", or "output_0" and on; a value that cannot be renamed is copied."""
+    count, seen = len(graph.outputs), set[int]()
+    for i, value in enumerate(list(graph.outputs)):
+        if value.producer() is None or id(value) in seen:
+            node = ir.node("Identity", [value], name=f"/output_{i}_copy")
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[i] = value = node.outputs[0]
+        seen.add(id(value))
+        _rename(graph, value, "output" if count == 1 else f"output_{i}")
 
 
 def torch_program(
@@ -121,7 +133,7 @@ def _named_dims(inputs: Sequence[InputSpec]) -> tuple[dict[int, Any], ...]:
 
 
 def _free_dims(inputs: Sequence[InputSpec]) -> tuple[dict[int, Any], ...]:
-    auto = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    auto = torch.export.Dim.AUTO
     return tuple({i: auto for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
 
 
@@ -136,7 +148,9 @@ def _reason(error: Exception, module: nn.Module, example: tuple[Tensor, ...]) ->
         if found := re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", str(link)):
             operator = found.group(1)
             where = _where(operator, module, example)
-            return ExportError(f"operator {operator} has no ONNX form", where=where, fix="replace it by other operators")
+            return ExportError(
+                f"operator {operator} has no ONNX form", where=where, fix="replace it by other operators"
+            )
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(chain[-1])).strip().splitlines()
     first = lines[0] if lines else type(chain[-1]).__name__
     return ExportError(
@@ -145,16 +159,14 @@ def _reason(error: Exception, module: nn.Module, example: tuple[Tensor, ...]) ->
 
 
 def _where(operator: str, module: nn.Module, example: tuple[Tensor, ...]) -> str:
-    """Return the path of the module that calls an operator, "" if it only appears after decomposition."""
-    stem = operator.split(".")[-1].strip("_").split("_")[0:2]
+    """Return the path of the first module whose operators, taken apart, contain this one; "" if none is found."""
     try:
-        nodes = capture(module, example).nodes
-    except ExportError:
+        with quiet_export():
+            program = capture(module, example).program.run_decompositions()
+    except Exception:
         return ""
-    for node in nodes:
-        if node.op == "call_function" and all(part in str(node.target) for part in stem):
-            return module_path(node)
-    return ""
+    calls = (node for node in program.graph.nodes if node.op == "call_function")
+    return next((module_path(node) for node in calls if str(node.target).startswith(f"{operator}.")), "")
 
 
 def _name_nodes(graph: ir.Graph) -> None:
@@ -176,7 +188,9 @@ def _name_inputs(graph: ir.Graph, inputs: Sequence[InputSpec]) -> None:
             if isinstance(size, ir.SymbolicDim) and isinstance(wanted, str) and size.value:
                 symbols[size.value] = wanted
         if any(isinstance(size, ir.SymbolicDim) for size in have):
-            named = [want if isinstance(size, ir.SymbolicDim) else size for size, want in zip(have, spec.shape)]
+            named = [
+                want if isinstance(size, ir.SymbolicDim) else size for size, want in zip(have, spec.shape, strict=True)
+            ]
             value.shape = ir.Shape(named)
     for node in graph:
         for value in node.outputs:
@@ -198,19 +212,6 @@ def _renamed(shape: ir.Shape | None, symbols: dict[str, str]) -> ir.Shape | None
         else:
             sizes.append(None)
     return ir.Shape(sizes)
-
-
-def _name_outputs(graph: ir.Graph) -> None:
-    """Name outputs "output", or "output_0" and on; a value that cannot be renamed is copied."""
-    count, seen = len(graph.outputs), set[int]()
-    for i, value in enumerate(list(graph.outputs)):
-        if value.producer() is None or id(value) in seen:
-            node = ir.node("Identity", [value], name=f"/output_{i}_copy")
-            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
-            graph.append(node)
-            graph.outputs[i] = value = node.outputs[0]
-        seen.add(id(value))
-        _rename(graph, value, "output" if count == 1 else f"output_{i}")
 
 
 def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
-from ..kernels.lut_linear import DOMAIN, VERSION, LutSpec, OnnxOp, onnx_attributes, onnx_function, pack
+from ..kernels.lut_linear import DOMAIN, ONNX_OPS, VERSION, LutSpec, OnnxOp, onnx_attributes, onnx_function, pack
 from ..optimizer.weight import TABLE_UNIT, Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
 
 INT8_ZERO = 128
@@ -47,7 +47,8 @@ def replace_weights(
 
 def add_functions(model: ir.Model) -> None:
     """Append the portable bodies of the operators that `model` uses."""
-    used = sorted({node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN})
+    held = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    used = [op for op in ONNX_OPS if op in held]
     if used:
         model.opset_imports[DOMAIN] = VERSION
     for op in used:

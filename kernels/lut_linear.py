@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DOMAIN, VERSION = "paredown", 1
 OnnxOp: TypeAlias = Literal["LutDecode", "LutLinear"]
+ONNX_OPS: tuple[OnnxOp, ...] = ("LutDecode", "LutLinear")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class LutSpec:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits} is out of range; use 1 to 8")
         if min(self.n, self.k) < 1 or min(self.group, self.table_rows) < 0:
-            raise ValueError(f"a weight ({self.n}, {self.k}), group={self.group}, table_rows={self.table_rows} is empty")
+            raise ValueError(f"({self.n}, {self.k}), group={self.group}, table_rows={self.table_rows} is no weight")
 
     @property
     def table_shape(self) -> tuple[int, int]:
@@ -232,7 +233,7 @@ def _spec(n: int, k: int, bits: int, group: int, table_rows: int, zero: float, u
     return LutSpec(n=n, k=k, bits=bits, group=group, table_rows=table_rows, zero=zero, unit=unit)
 
 
-def _check(x: Shaped[Tensor, "..."], parts: LutParts, spec: LutSpec) -> None:
+def _check(x: Shaped[Tensor, ...], parts: LutParts, spec: LutSpec) -> None:
     if reason := supports(spec, x.dtype):
         raise ValueError(f"lut_linear: {reason}")
     if x.shape[-1] != spec.k:
@@ -248,7 +249,7 @@ def _check(x: Shaped[Tensor, "..."], parts: LutParts, spec: LutSpec) -> None:
             raise ValueError(f"lut_linear: {name} is {have}, must be {' or '.join(map(str, dtypes))} {shape}")
 
 
-_LIBRARY = torch.library.Library(DOMAIN, "FRAGMENT")
+_LIBRARY: Any = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(_SCHEMA)
 _LIBRARY.impl("lut_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{DOMAIN}::lut_linear", _fake, lib=_LIBRARY)

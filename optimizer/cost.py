@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,14 @@ from .graph import Graph, Site
 from .walk import Batch
 
 
-def macs(graph: Graph, batch: int) -> int:
-    """Return the multiply-accumulates of all weights for one sample; `batch` samples were captured.
+def macs(graph: Graph) -> int:
+    """Return the multiply-accumulates of all weights for one sample (one row of the first input).
 
     Products of activations with each other (attention scores) are not counted.
     """
     nodes = {node.name: node for node in graph.nodes}
     total = sum(_site_macs(site, nodes[site.node]) for sites in graph.sites.values() for site in sites)
-    return total // max(1, batch)
+    return total // _samples(graph)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ def estimate(graph: Graph, batch: Batch, samples: int, base_bytes: int) -> Estim
     """Predict a sequential calibration of `samples` samples from one captured batch and two short probes."""
     nodes = {node.name: node for node in graph.nodes}
     scale = samples / max(1, len(batch[0]))
-    forward = macs(graph, 1) * scale
+    forward = macs(graph) * samples
     gram = sum(_gram_macs(site, nodes[site.node]) for sites in graph.sites.values() for site in sites) * scale
     solve = sum(_solve_macs(site) for sites in graph.sites.values() for site in sites)
     single, double = _rate(torch.float32), _rate(torch.float64)
@@ -111,11 +111,7 @@ def _rate(dtype: torch.dtype) -> float:
     return 10 * 256**3 / max(time.perf_counter() - start, 1e-6)
 
 
-def by_layer(graph: Graph) -> Mapping[str, int]:
-    """Return multiply-accumulates by parameter for the captured batch."""
-    nodes = {node.name: node for node in graph.nodes}
-    found: dict[str, int] = {}
-    for sites in graph.sites.values():
-        for site in sites:
-            found[site.param] = found.get(site.param, 0) + _site_macs(site, nodes[site.node])
-    return found
+def _samples(graph: Graph) -> int:
+    """Return how many samples the graph was captured with."""
+    first = next(node for node in graph.nodes if node.name == graph.inputs[0])
+    return max(1, _shape(first)[0])

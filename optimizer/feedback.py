@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Float64, Int64, Shaped, UInt8
 from numpy import ndarray
 from torch import Tensor
 
@@ -94,7 +94,7 @@ class ColumnGrid:
         return codes, self.levels[codes + self.offset] * scale
 
 
-def to_columns(weight: Float64[Tensor, "out in"], groups: int) -> Columns:
+def to_columns(weight: Shaped[Tensor, "out in"], groups: int) -> Shaped[ndarray, "groups in rows"]:
     """Split rows into conv groups and put columns before rows; a copy."""
     return np.ascontiguousarray(weight.reshape(groups, -1, weight.shape[1]).numpy().transpose(0, 2, 1))
 

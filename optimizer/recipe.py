@@ -397,3 +397,21 @@ class _Tree:
                 raise RecipeError(f'the key "{key.value}" is there twice', where=where, fix="remove one")
             entries[key.value] = self.convert(value, key.start_mark.line)
         return entries
+
+
+def show_step(step: Step) -> dict[str, Any]:
+    """Return a step's settings as plain data, every default written."""
+    return tree.show_all((step.spec, *step.extras))
+
+
+def dump_data(value: Any) -> str:
+    """Return plain data as YAML, one line per innermost mapping."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=200)
+
+
+def read_data(path: Path) -> Any:
+    """Return a YAML file as plain data."""
+    try:
+        return _compose(path.read_text(encoding="utf-8"), str(path)).plain()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError("cannot be read", where=str(path), fix="name a plan.yaml that optimize wrote") from error

@@ -61,6 +61,7 @@ def _view(report: Report) -> dict[str, object]:
         "tone": _tone(report),
         "headline": headline(report),
         "sentences": speed(rows(report, "bench"), reason_when_slower(report)).splitlines(),
+        "failure": text(report, "failure"),
         "caution": text(report, "environment", "bench_caution"),
         "summary": summary,
         "cards": _cards(summary),
@@ -83,7 +84,7 @@ def _tone(report: Report) -> Tone:
     """Return the colour of the verdict: that of the worst thing it says."""
     found = comparisons(rows(report, "bench"))
     bad_layer = any(text(row, "first_bad_layer") for row in rows(report, "verify"))
-    if bad_layer or (found and found[0].speed == "slower"):
+    if bad_layer or text(report, "failure") or (found and found[0].speed == "slower"):
         return "bad"
     return "good" if found and found[0].speed == "faster" else "same"
 

@@ -21,6 +21,8 @@ _COLOURS = {"good": "green", "bad": "red", "same": ""}
 def print_report(report: Report, console: Console) -> None:
     """Print the summary of one report; its first line is the verdict."""
     console.print(f"[bold]{escape(headline(report))}[/bold]", highlight=False)
+    if text(report, "failure"):
+        console.print(f"[red]{escape(text(report, 'failure'))}[/red]", highlight=False)
     console.print(escape(speed(rows(report, "bench"), reason_when_slower(report))), highlight=False)
     if text(report, "environment", "bench_caution"):
         console.print(f"[yellow]{escape(text(report, 'environment', 'bench_caution'))}[/yellow]", highlight=False)

@@ -55,6 +55,11 @@ def comparisons(bench: Sequence[Report]) -> list[Comparison]:
     return sorted(found, key=lambda item: (_ORDER.index(item.speed), -(item.ratio or 0)))
 
 
+def is_slower(bench: Sequence[Report]) -> bool:
+    """Return whether any artifact is slower than the baseline under any condition, beyond its interval."""
+    return any(item.speed == "slower" for item in comparisons(bench))
+
+
 def condition(row: Report) -> str:
     """Return "batch 1, 2 threads"."""
     threads = number(row, "threads")
@@ -75,16 +80,20 @@ def speed(bench: Sequence[Report], reason: str = "") -> str:
 
 
 def headline(report: Report) -> str:
-    """Return the verdict on a whole run: verification if it failed, speed, size, accuracy."""
+    """Return the verdict on a whole run: what failed (`failure`, verification), then speed, size, accuracy."""
     bad = _first_bad_layer(report)
-    parts = [f"verification failed at {bad}"] if bad else []
+    parts = ["run failed"] if text(report, "failure") else []
+    parts += [f"verification failed at {bad}"] if bad else []
     parts += [_short_speed(report), _size(report), _accuracy(report)]
     line = ", ".join(part for part in parts if part)
     return line[:1].upper() + line[1:]
 
 
 def reason_when_slower(report: Report) -> str:
-    """Return the reason of the decision on the whole model (layer null, "*" or "model"), else ""."""
+    """Return the reason given in `decisions` for the whole model (layer null, "*" or "model"), else "".
+
+    It only looks the reason up; whether the model is slower is for `is_slower` to say.
+    """
     whole = (row for row in rows(report, "decisions") if text(row, "layer") in WHOLE_MODEL)
     return next((text(row, "reason") for row in whole if text(row, "reason")), "")
 

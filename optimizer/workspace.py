@@ -56,6 +56,20 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.cache, ignore_errors=True)
 
+    def discard_unless_costly(self) -> None:
+        """Leave nothing after an error, but for finished steps or layers that a resumed run can start from."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if not any(self.cache.glob("*/*/*")):
+            shutil.rmtree(self.cache, ignore_errors=True)
+
+    def keep_failed(self) -> Path:
+        """Move what was made aside as `<out>.failed` and return where it is."""
+        failed = self.out.with_name(f"{self.out.name}.failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        self.folder.rename(failed)
+        shutil.rmtree(self.cache, ignore_errors=True)
+        return failed
+
     def layers(self, fingerprint: str) -> LayerCache:
         return LayerCache(folder=self.cache / fingerprint / "layers")
 

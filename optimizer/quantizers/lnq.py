@@ -114,7 +114,7 @@ class State:
 
     flat: Int64[ndarray, "groups in rows"]
     levels: Float64[ndarray, "blocks levels"]
-    scale: Float64[ndarray, "out groups"]
+    scale: Float64[ndarray, "out runs"]
 
     @classmethod
     def of(cls, grid: Grid, codes: Tensor, layer: Layer) -> State:

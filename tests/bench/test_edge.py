@@ -81,7 +81,7 @@ def test_given_feeds_are_used(world: World) -> None:
 def test_progress_goes_from_0_to_1(world: World) -> None:
     seen: list[tuple[float, str]] = []
     edge.run([world.add("a.onnx", lambda _: 0.01)], _spec(batch=(1, 2)), world.open, lambda *event: seen.append(event))
-    assert seen == [(0.0, "batch 1, 1 threads"), (0.5, "batch 2, 1 threads"), (1.0, "done")]
+    assert seen == [(0.0, "batch 1, 1 thread"), (0.5, "batch 2, 1 thread"), (1.0, "done")]
 
 
 def test_bad_input_says_what_and_where(world: World) -> None:

@@ -43,7 +43,7 @@ def test_lasts_minimum_time_and_minimum_count() -> None:
 
 def test_a_burst_lasts_about_burst_seconds() -> None:
     clock = Clock()
-    spec = Sampling(min_seconds=0.1, min_rounds=4, burst_seconds=0.02, max_burst=64)
+    spec = Sampling(min_seconds=0.001, min_rounds=4, burst_seconds=0.02, max_burst=64)
     calls = [clock.call("a", lambda _: 0.001), clock.call("b", lambda _: 1e-6), clock.call("c", lambda _: 0.5)]
     samples = sample(calls, spec, clock)
     assert [seconds.shape[1] for seconds in samples.seconds] == [20, 64, 1]

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from paredown.exporters import onnx as target
 from paredown.optimizer.model import InputSpec, Model, Source, from_module
 from paredown.optimizer.weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
+from torch import Tensor, nn
 
 FORMS = ("codebook 3", "codebook 4 blocks groups", "uniform 8", "codebook 2 fp16", "uniform 4 groups", "codebook 8")
 
@@ -59,11 +58,11 @@ class Convolutions(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Two bidirectional layers of LSTM, a GRU on top."""
+    """A bidirectional GRU on top of a bidirectional LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+        self.lstm = nn.LSTM(6, 5, bidirectional=True, batch_first=True)
         self.gru = nn.GRU(10, 4, bidirectional=True, batch_first=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

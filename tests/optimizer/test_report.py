@@ -97,6 +97,21 @@ def test_headline_says_slower_plainly() -> None:
     assert verdict.headline(null_report()) == "Speed not measured, size not measured, metric not measured"
 
 
+def test_a_failed_run_says_so_first() -> None:
+    failed = full_report() | {"failure": "top1 fell by 2.10 points, gates.max_drop allows 1; use more bits"}
+    assert verdict.headline(failed).startswith("Run failed, faster: 1.48 times as fast")
+    assert "gates.max_drop allows 1; use more bits" in report.render(failed)
+    assert "gates.max_drop allows 1; use more bits" in _printed(lambda console: report.show(failed, console))
+
+
+def test_is_slower_looks_at_every_condition() -> None:
+    bench = slower_report()["bench"]
+    assert isinstance(bench, list)
+    assert verdict.is_slower(bench)
+    assert not verdict.is_slower(bench[:1])
+    assert not verdict.is_slower([])
+
+
 def test_a_drop_inside_its_interval_is_called_so() -> None:
     final: Json = {"drop": 0.2, "drop_ci95": [-0.1, 0.5], "size_bytes": 200}
     found = {"baseline": {"size_bytes": 100}, "final": final}

@@ -1,0 +1,261 @@
+"""The command `optimize`: each verb is the Python function of the same name.
+
+Importing this file imports neither torch nor any runtime, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import Error, RecipeError
+
+if TYPE_CHECKING:
+    from .progress import Reporter
+    from .recipe import Recipe
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".pt2")
+INTERRUPTED = 130
+_PATH = click.Path(path_type=Path)
+
+
+class _Verbs(click.Group):
+    """A group whose first argument may also be a checkpoint: `optimize CHECKPOINT --entry ...` is `run`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and (args[0].endswith(SUFFIXES) or Path(args[0]).exists()):
+            return "checkpoint", _checkpoint, args
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="paredown")
+def cli() -> None:
+    """Make a trained network smaller and faster, prove that it still computes the same, and measure it.
+
+    \b
+    optimize run RECIPE               the whole pipeline, into one folder
+    optimize CHECKPOINT --entry ...   the same with the shipped default recipe
+    optimize demo                     see it work on a small trained network
+    """
+
+
+def _out(function: Any) -> Any:
+    options = (
+        click.option("--out", type=_PATH, help="Folder to make.  [default: the recipe's name]"),
+        click.option("--force", is_flag=True, help="Replace an existing folder."),
+        click.option("--resume", is_flag=True, help="Go on from what a killed run had finished."),
+        click.option("--strict", is_flag=True, help="Fail instead of falling back on a layer."),
+        click.option("--dry-run", is_flag=True, help="Print the plan and what it will cost; write nothing."),
+        click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@cli.command()
+@click.argument("recipe", type=_PATH)
+@click.option("--plan", "plan_file", type=_PATH, help="Replay the decisions of a plan.yaml.")
+@_out
+def run(recipe: Path, plan_file: Path | None, **options: Any) -> None:
+    """Compress, export, verify, measure and report, as RECIPE says."""
+    from . import recipe as recipes
+
+    settings = _settings(options)
+    _run(recipes.read(recipe, settings), options | {"plan": plan_file, "default_out": recipe.stem})
+
+
+@click.command(name="CHECKPOINT")
+@click.argument("checkpoint", type=_PATH)
+@click.option("--entry", required=True, help='What builds the network: "path.py:function" or "module:function".')
+@click.option("--data", "data_entry", required=True, help="What gives calibration batches, in the same form.")
+@click.option("--metric", help="What scores a model (higher is better), in the same form.")
+@click.option("--input", "inputs", multiple=True, metavar="NAME=SHAPE", help="As in x=batch,3,32,32 or ids=batch,seq:int64.")
+@click.option("--samples", type=click.IntRange(min=2), default=512, show_default=True, help="Calibration samples.")
+@click.option("--plan", "plan_file", type=_PATH, help="Replay the decisions of a plan.yaml.")
+@_out
+def _checkpoint(checkpoint: Path, plan_file: Path | None, **options: Any) -> None:
+    """Run the shipped default recipe (4-bit codebooks, ONNX, benchmark) on a checkpoint."""
+    from . import quickstart
+
+    request = quickstart.Request(
+        checkpoint=checkpoint,
+        entry=options["entry"],
+        data=options["data_entry"],
+        metric=options["metric"] or "",
+        inputs=tuple(options["inputs"]),
+        samples=options["samples"],
+    )
+    recipe = quickstart.recipe(request, _settings(options))
+    _run(recipe, options | {"plan": plan_file, "default_out": f"{checkpoint.stem}-optimized"})
+
+
+@cli.command()
+@click.argument("recipe", type=_PATH)
+@click.option("--explain", is_flag=True, help="Say for each layer what it costs and why it is so.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe.")
+def plan(recipe: Path, explain: bool, settings: tuple[str, ...]) -> None:
+    """Print what would happen to each layer, as the plan.yaml that `run --plan` replays."""
+    from . import recipe as recipes
+    from . import run as runs
+
+    job = runs.load(recipes.read(recipe, settings))
+    planned = runs.plan(job)
+    click.echo(recipes.dump_data(runs.plan_data(planned)), nl=False)
+    if explain:
+        click.echo(runs.explain(job, planned))
+
+
+@cli.command()
+@click.argument("folder", type=_PATH)
+@click.option("--target", default="onnx", show_default=True, help="What to lower to.")
+@click.option("--out", type=_PATH, help="File to write.  [default: in the folder]")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def export(folder: Path, target: str, out: Path | None, force: bool) -> None:
+    """Lower the model of an output folder."""
+    from . import run as runs
+
+    click.echo(runs.export(folder, target, out, force=force))
+
+
+@cli.command()
+@click.argument("folder", type=_PATH)
+@click.option("--runtime", default="onnxruntime", show_default=True, help="Where to run the artifact.")
+def verify(folder: Path, runtime: str) -> None:
+    """Compare the exported artifact of a folder with the stored model, output by output."""
+    from . import run as runs
+
+    for line in runs.verify(folder, runtime):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("artifacts", nargs=-1, required=True, type=_PATH)
+@click.option("--scenario", default="edge", show_default=True, help="How requests arrive.")
+@click.option("--batch", default="1", show_default=True, help="Batch sizes, as in 1,32.")
+@click.option("--threads", default="1", show_default=True, help="Thread counts, as in 1,2.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a named dimension.")
+@click.option("--min-seconds", type=float, default=1.0, show_default=True, help="Least measuring time of each.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--out", type=_PATH, help="Folder for bench.json and bench.csv.")
+def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
+    """Time artifacts against the first of them, interleaved in one process."""
+    from . import benchmark
+
+    request = benchmark.Request(artifacts=artifacts, **options)
+    benchmark.run(request, _reporter())
+
+
+@cli.command()
+@click.argument("folder", type=_PATH)
+def show(folder: Path) -> None:
+    """Print the report of a folder."""
+    from rich.console import Console
+
+    from . import report
+
+    report.show(report.read(folder), Console())
+
+
+@cli.command()
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH)
+def diff(first: Path, second: Path) -> None:
+    """Print two reports side by side and mark what differs."""
+    from rich.console import Console
+
+    from . import report
+
+    report.diff(first, second, Console())
+
+
+@cli.command()
+@click.option("--out", type=_PATH, default=Path("paredown-demo"), show_default=True, help="Folder to make.")
+def demo(out: Path) -> None:
+    """Compress a small network trained on handwritten digits; takes about a minute."""
+    from . import recipe as recipes
+
+    path = Path(__file__).parent / "recipes" / "demo.yaml"
+    options = {"out": out, "force": out.name.startswith("paredown-demo"), "default_out": "paredown-demo"}
+    _run(recipes.read(path), options)
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what this machine has, what works on it, and how to mend what does not."""
+    from . import doctor as doctors
+
+    for line in doctors.examine():
+        click.echo(line)
+
+
+def main() -> None:
+    """Run the command; exit codes are those of `errors`, 130 when interrupted."""
+    try:
+        status = cli.main(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(RecipeError.exit_code)
+    except Error as error:
+        click.echo(f"optimize: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("optimize: interrupted; run the same command with --resume to go on", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _settings(options: dict[str, Any]) -> tuple[str, ...]:
+    seed = options.get("seed")
+    return (*options["settings"], *(() if seed is None else (f"seed={seed}",)))
+
+
+def _run(recipe: Recipe, options: dict[str, Any]) -> None:
+    from . import run as runs
+
+    command = shlex.join(["optimize", *sys.argv[1:]])
+    chosen = runs.Options(
+        out=options.get("out") or Path(options["default_out"]),
+        plan=options.get("plan"),
+        resume=bool(options.get("resume")),
+        force=bool(options.get("force")),
+        strict=bool(options.get("strict")),
+        command=command,
+    )
+    if options.get("dry_run"):
+        click.echo(runs.dry_run(recipe, chosen))
+        return
+    full = runs.run(recipe, chosen, _reporter())
+    _tell(full, chosen.out)
+
+
+def _tell(full: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+
+    from . import report
+
+    report.show(full, Console())
+    click.echo(f"report: {os.path.join(out, 'report.html')}")
+
+
+def _reporter() -> Reporter:
+    from rich.console import Console
+
+    from .progress import Reporter
+
+    return Reporter(console=Console(stderr=True))
+
+
+if __name__ == "__main__":
+    main()
