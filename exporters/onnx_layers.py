@@ -19,7 +19,6 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
-from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
 from .difference import difference
 from .onnx_trace import torch_program
@@ -156,33 +155,19 @@ def _is_floating(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point()
 
 
-class _Stop(Exception):
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
-class _Until(fx.Interpreter):
-    """Run a graph up to one node; each value is freed after its last use."""
-
-    def __init__(self, graph: fx.GraphModule, last: fx.Node) -> None:
-        super().__init__(graph, garbage_collect_values=True)
-        self._last = last.name
-
-    def run_node(self, n: fx.Node) -> Any:
-        if "assert" in str(n.target):  # the trace's own claims about sizes; what is wrong shows in the values
-            return None
-        value = super().run_node(n)
-        if n.name == self._last:
-            raise _Stop(value)
-        return value
-
-
 def _run_until(program: torch.export.ExportedProgram, last: fx.Node, inputs: Sequence[Tensor]) -> Tensor:
-    try:
-        _Until(program.graph_module, last).run(*_arguments(program, inputs))
-    except _Stop as stop:
-        return stop.value
-    raise ExportError(f'the torch program has no node "{last.name}"')
+    """Return the value of a node; only what it is made of is computed, and freed after its last use."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in program.graph.nodes:
+        if "assert" not in str(node.target):  # the trace's own claims about sizes: what is wrong shows in the values
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.name == last.name:
+            break
+    graph.output(copies[last])
+    graph.eliminate_dead_code()
+    module = fx.GraphModule(program.graph_module, graph)
+    value: Tensor = fx.Interpreter(module, garbage_collect_values=True).run(*_arguments(program, inputs))
+    return value
 
 
 def _arguments(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) -> Iterator[Any]:

@@ -233,7 +233,7 @@ def _spec(n: int, k: int, bits: int, group: int, table_rows: int, zero: float, u
     return LutSpec(n=n, k=k, bits=bits, group=group, table_rows=table_rows, zero=zero, unit=unit)
 
 
-def _check(x: Shaped[Tensor, ...], parts: LutParts, spec: LutSpec) -> None:
+def _check(x: Shaped[Tensor, "..."], parts: LutParts, spec: LutSpec) -> None:
     if reason := supports(spec, x.dtype):
         raise ValueError(f"lut_linear: {reason}")
     if x.shape[-1] != spec.k:

@@ -32,12 +32,13 @@ def pack(codes: UInt8[Tensor, "..."], bits: int) -> UInt8[Tensor, "bytes"]:
     flat = codes.flatten()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % per_word)).reshape(-1, per_word).to(torch.int64)
     words = (padded << (bits * torch.arange(per_word))).sum(1)
-    return (words[:, None] >> (8 * torch.arange(size)) & 255).to(torch.uint8).flatten()
+    octets: Tensor = words[:, None] >> (8 * torch.arange(size)) & 255
+    return octets.to(torch.uint8).flatten()
 
 
 def unpack(packed: UInt8[Tensor, "bytes"], bits: int, shape: tuple[int, ...]) -> UInt8[Tensor, "..."]:
     """Return the codes that `pack` packed."""
     size, per_word = word(bits)
     words = (packed.reshape(-1, size).to(torch.int64) << (8 * torch.arange(size))).sum(1)
-    codes = words[:, None] >> (bits * torch.arange(per_word)) & (2**bits - 1)
+    codes: Tensor = words[:, None] >> (bits * torch.arange(per_word)) & (2**bits - 1)
     return codes.flatten()[: math.prod(shape)].reshape(shape).to(torch.uint8)

@@ -79,7 +79,9 @@ def run(recipe: Path, plan_file: Path | None, **options: Any) -> None:
 @click.option("--entry", required=True, help='What builds the network: "path.py:function" or "module:function".')
 @click.option("--data", "data_entry", required=True, help="What gives calibration batches, in the same form.")
 @click.option("--metric", help="What scores a model (higher is better), in the same form.")
-@click.option("--input", "inputs", multiple=True, metavar="NAME=SHAPE", help="As in x=batch,3,32,32 or ids=batch,seq:int64.")
+@click.option(
+    "--input", "inputs", multiple=True, metavar="NAME=SHAPE", help="As in x=batch,3,32,32 or ids=batch,seq:int64."
+)
 @click.option("--samples", type=click.IntRange(min=2), default=512, show_default=True, help="Calibration samples.")
 @click.option("--plan", "plan_file", type=_PATH, help="Replay the decisions of a plan.yaml.")
 @_out
@@ -105,14 +107,14 @@ def _checkpoint(checkpoint: Path, plan_file: Path | None, **options: Any) -> Non
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe.")
 def plan(recipe: Path, explain: bool, settings: tuple[str, ...]) -> None:
     """Print what would happen to each layer, as the plan.yaml that `run --plan` replays."""
+    from . import planning
     from . import recipe as recipes
-    from . import run as runs
 
-    job = runs.load(recipes.read(recipe, settings))
-    planned = runs.plan(job)
-    click.echo(recipes.dump_data(runs.plan_data(planned)), nl=False)
+    job = planning.load(recipes.read(recipe, settings))
+    planned = planning.plan(job)
+    click.echo(recipes.dump_data(planning.plan_data(planned)), nl=False)
     if explain:
-        click.echo(runs.explain(job, planned))
+        click.echo(planning.explain(job, planned))
 
 
 @cli.command()
@@ -149,10 +151,9 @@ def verify(folder: Path, runtime: str) -> None:
 @click.option("--out", type=_PATH, help="Folder for bench.json and bench.csv.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
     """Time artifacts against the first of them, interleaved in one process."""
-    from . import benchmark
+    from ..bench import command
 
-    request = benchmark.Request(artifacts=artifacts, **options)
-    benchmark.run(request, _reporter())
+    command.run(command.Request(artifacts=artifacts, **options), _reporter())
 
 
 @cli.command()

@@ -14,9 +14,9 @@ from torch import Tensor
 from .codes import Job, row_blocks
 from .scales import absmax_scale, refine_scale, rms_scale, scale_losses
 
-Points: TypeAlias = tuple[Float64[ndarray, "_"], Float64[ndarray, "_"]]
+Points: TypeAlias = tuple[Float64[ndarray, " _"], Float64[ndarray, " _"]]
 """Distinct values in rising order, and the positive weight of each."""
-Solver: TypeAlias = Callable[[Points, int], Float64[ndarray, "k"]]
+Solver: TypeAlias = Callable[[Points, int], Float64[ndarray, " k"]]
 """Points and a number of clusters -> centroids in rising order."""
 
 START_BINS = 512
@@ -38,7 +38,7 @@ def fit_table(job: Job, solve: Solver) -> tuple[Float64[Tensor, "blocks levels"]
     return fits[losses.index(min(losses))]
 
 
-def lloyd(points: Points, count: int) -> Float64[ndarray, "k"]:
+def lloyd(points: Points, count: int) -> Float64[ndarray, " k"]:
     """Return centroids that are a fixed point of Lloyd's iteration, begun at the optimum of a histogram."""
     values, weights = points
     mass, moment = _prefix(weights), _prefix(weights * values)
@@ -54,7 +54,7 @@ def lloyd(points: Points, count: int) -> Float64[ndarray, "k"]:
     return centres
 
 
-def optimal(points: Points, count: int) -> Float64[ndarray, "k"]:
+def optimal(points: Points, count: int) -> Float64[ndarray, " k"]:
     """Return the centroids of least weighted squared error (Wu 1991; Wang & Song 2011), cost O(k n log n).
 
     With few points every point is a centroid, the last repeated to `count`.
@@ -71,7 +71,7 @@ def optimal(points: Points, count: int) -> Float64[ndarray, "k"]:
     return _filled(np.diff(moment[edges]) / np.diff(mass[edges]), count)
 
 
-def merge(values: Float64[ndarray, "n"], weights: Float64[ndarray, "n"]) -> Points:
+def merge(values: Float64[ndarray, " n"], weights: Float64[ndarray, " n"]) -> Points:
     """Sort values, add up the weights of equal ones, and leave out those too light for sums in float64 to see."""
     if not weights.any():
         weights = np.ones_like(weights)
@@ -110,17 +110,17 @@ def _fit_scaled(
     return levels, refine_scale(job, levels, scale)
 
 
-def _filled(centres: Float64[ndarray, "m"], count: int) -> Float64[ndarray, "k"]:
+def _filled(centres: Float64[ndarray, " m"], count: int) -> Float64[ndarray, " k"]:
     return np.concatenate([centres, np.repeat(centres[-1:], count - len(centres))])
 
 
-def _prefix(values: Float64[ndarray, "n"]) -> Float64[ndarray, "ends"]:
+def _prefix(values: Float64[ndarray, " n"]) -> Float64[ndarray, " ends"]:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
 def _last_cell_starts(
-    mass: Float64[ndarray, "ends"], moment: Float64[ndarray, "ends"], count: int
-) -> list[Int64[ndarray, "ends"]]:
+    mass: Float64[ndarray, " ends"], moment: Float64[ndarray, " ends"], count: int
+) -> list[Int64[ndarray, " ends"]]:
     """Return for 2..count cells where the last cell of the best split of each prefix starts.
 
     A cell's squared error is its sum of squares, which no split changes, less moment^2 / mass: only that is minimized.
@@ -136,8 +136,8 @@ def _last_cell_starts(
 
 
 def _extend(
-    best: Float64[ndarray, "ends"], mass: Float64[ndarray, "ends"], moment: Float64[ndarray, "ends"]
-) -> tuple[Float64[ndarray, "ends"], Int64[ndarray, "ends"]]:
+    best: Float64[ndarray, " ends"], mass: Float64[ndarray, " ends"], moment: Float64[ndarray, " ends"]
+) -> tuple[Float64[ndarray, " ends"], Int64[ndarray, " ends"]]:
     """Add a cell: min over i < j of best[i] + cost(i, j) for every j, and the i.
 
     The best i does not fall as j rises (the cost is concave Monge), so ends are solved in the order 1/2, 1/4, 3/4, ...
@@ -160,13 +160,13 @@ def _extend(
 
 
 def _argmin_ragged(
-    best: Float64[ndarray, "ends"],
-    mass: Float64[ndarray, "ends"],
-    moment: Float64[ndarray, "ends"],
-    ends: Int64[ndarray, "m"],
-    low: Int64[ndarray, "m"],
-    high: Int64[ndarray, "m"],
-) -> tuple[Int64[ndarray, "m"], Float64[ndarray, "m"]]:
+    best: Float64[ndarray, " ends"],
+    mass: Float64[ndarray, " ends"],
+    moment: Float64[ndarray, " ends"],
+    ends: Int64[ndarray, " m"],
+    low: Int64[ndarray, " m"],
+    high: Int64[ndarray, " m"],
+) -> tuple[Int64[ndarray, " m"], Float64[ndarray, " m"]]:
     """Return (first argmin, min) over low[e] <= i <= high[e] of best[i] - moment(i, e)^2 / mass(i, e)."""
     lengths = high - low + 1
     heads = np.cumsum(lengths) - lengths

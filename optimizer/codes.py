@@ -101,7 +101,7 @@ class Grid:
         levels = self.levels[self.blocks()].gather(1, codes.long())
         return levels * self.expanded_scale(codes.shape[1])
 
-    def blocks(self) -> Int64[Tensor, "out"]:
+    def blocks(self) -> Int64[Tensor, " out"]:
         """Return the block of each row."""
         return row_blocks(len(self.scale), self.table_rows)
 
@@ -158,7 +158,7 @@ def half_mantissa(values: Float64[Tensor, "..."]) -> Float64[Tensor, "..."]:
 
 def round_table(
     levels: Float64[Tensor, "blocks levels"], kind: Literal["int8", "fp16"]
-) -> tuple[Int8[Tensor, "blocks levels"] | Float16[Tensor, "blocks levels"], Float64[Tensor, "blocks"]]:
+) -> tuple[Int8[Tensor, "blocks levels"] | Float16[Tensor, "blocks levels"], Float64[Tensor, " blocks"]]:
     """Round ascending levels of any magnitude to table entries; return them and the factor that scales must take.
 
     The largest entry of an fp16 table is 1; that of an int8 table is the one of `INT8_STEPS` with the least error.
@@ -241,7 +241,7 @@ def count_below(
     return codes
 
 
-def row_blocks(rows: int, table_rows: int) -> Int64[Tensor, "out"]:
+def row_blocks(rows: int, table_rows: int) -> Int64[Tensor, " out"]:
     """Return the index of each row's table."""
     index = torch.arange(rows)
     return index // table_rows if table_rows else index * 0

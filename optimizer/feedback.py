@@ -50,7 +50,7 @@ def feedback(job: Job, grid: Grid) -> UInt8[Tensor, "out in"]:
     return from_columns(result)
 
 
-def row_losses(delta: Float64[Tensor, "out in"], gram: Float64[Tensor, "groups in in"]) -> Float64[Tensor, "out"]:
+def row_losses(delta: Float64[Tensor, "out in"], gram: Float64[Tensor, "groups in in"]) -> Float64[Tensor, " out"]:
     """Return d H d^T for every row d of a difference: its squared output error on the calibration set."""
     rows = delta.reshape(len(gram), -1, delta.shape[1])
     return ((rows @ gram) * rows).sum(2).flatten()
@@ -60,9 +60,9 @@ def row_losses(delta: Float64[Tensor, "out in"], gram: Float64[Tensor, "groups i
 class ColumnGrid:
     """A grid read one column at a time, all rows at once, in any order of columns."""
 
-    levels: Float64[ndarray, "flat"]
+    levels: Float64[ndarray, " flat"]
     edges: Float64[ndarray, "edges out_or_1"]
-    offset: Int64[ndarray, "out"]
+    offset: Int64[ndarray, " out"]
     scale: Float64[ndarray, "in out"]
 
     @classmethod
@@ -80,13 +80,13 @@ class ColumnGrid:
             scale=np.ascontiguousarray(scale),
         )
 
-    def column_scale(self, column: int) -> Float64[ndarray, "out"]:
-        scale: Float64[ndarray, "out"] = self.scale[column if len(self.scale) > 1 else 0]
+    def column_scale(self, column: int) -> Float64[ndarray, " out"]:
+        scale: Float64[ndarray, " out"] = self.scale[column if len(self.scale) > 1 else 0]
         return scale
 
     def snap(
-        self, values: Float64[ndarray, "out"], column: int
-    ) -> tuple[UInt8[ndarray, "out"], Float64[ndarray, "out"]]:
+        self, values: Float64[ndarray, " out"], column: int
+    ) -> tuple[UInt8[ndarray, " out"], Float64[ndarray, " out"]]:
         """Return (codes, values on the grid) nearest to one column."""
         scale = self.column_scale(column)
         normal = values / np.where(scale == 0, 1.0, scale)

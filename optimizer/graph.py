@@ -176,7 +176,7 @@ class _Finder:
                     yield from self._whole(node, param, "recurrent")
 
     def _whole(self, node: fx.Node, weight: Any, kind: SiteKind, operand: int = 0) -> Iterator[Site]:
-        param = self.values.get(getattr(weight, "name", ""))
+        param = self.values.get(getattr(weight, "name", ""), "")
         if param not in self.shapes:
             return
         shape = self.shapes[param]
@@ -187,7 +187,7 @@ class _Finder:
         yield _site(node, param, kind, layout, slice(0, rows), operand)
 
     def _product(self, node: fx.Node) -> Iterator[Site]:
-        weight = node.args[_PRODUCTS[node.target]]
+        weight = node.args[_PRODUCTS[node.target]]  # type: ignore[index]
         source = self._source(weight)
         if source is None or len(self.shapes[source]) != 2:
             return

@@ -183,7 +183,9 @@ def skeleton_of(module: nn.Module) -> nn.Module:
         id(param): nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
         for param in module.parameters()
     }
-    return copy.deepcopy(module, memo).eval()
+    skeleton: nn.Module = copy.deepcopy(module, memo)
+    skeleton.eval()
+    return skeleton
 
 
 def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:

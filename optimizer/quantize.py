@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,6 @@ from .model import Model
 from .stats import LayerStats, Stats, collect, observe
 from .walk import Reader, Traced, Visitor, trace, walk
 from .weight import Dense, Weight
-
 
 MICRO_BATCH = 64
 """Samples per operator call while calibrating; all samples are alive at once whatever it is."""
@@ -114,8 +114,10 @@ def quantizer_module(name: str) -> Quantizer:
     try:
         module: ModuleType = importlib.import_module(name if "." in name else f"{__package__}.quantizers.{name}")
     except ImportError as error:
-        raise RecipeError(f'quantizer "{name}" cannot be imported: {error}', fix="install the module or fix its name") from error
-    return module  # type: ignore[return-value]
+        raise RecipeError(
+            f'quantizer "{name}" cannot be imported: {error}', fix="install the module or fix its name"
+        ) from error
+    return cast(Quantizer, module)
 
 
 def spec_types(fields: Mapping[str, Any]) -> tuple[type, ...]:
@@ -142,7 +144,9 @@ def plan(model: Model, spec: Spec, options: Any, graph: Graph) -> tuple[Decision
             decisions.append(Decision(layer=name, reason=reason))
             continue
         if not isinstance(model.weights[name], Dense):
-            raise RecipeError(f'layer "{short(name)}" is compressed already', fix="quantize each layer in one step only")
+            raise RecipeError(
+                f'layer "{short(name)}" is compressed already', fix="quantize each layer in one step only"
+            )
         quantizer, layer_spec = _resolve(name, spec, options)
         decisions.append(Decision(layer=name, quantizer=quantizer, spec=layer_spec))
     return tuple(decisions)
@@ -185,7 +189,9 @@ def restore(layer: str, data: Mapping[str, Any]) -> Decision:
     if "keep" in data:
         return Decision(layer=layer, reason=str(data["keep"]))
     name = str(data.get("quantizer", ""))
-    spec = _changed(quantizer_module(name).Spec(format=Format()), {k: v for k, v in data.items() if k != "quantizer"}, layer)
+    spec = _changed(
+        quantizer_module(name).Spec(format=Format()), {k: v for k, v in data.items() if k != "quantizer"}, layer
+    )
     return Decision(layer=layer, quantizer=name, spec=spec)
 
 
@@ -253,7 +259,7 @@ def _solve(decision: Decision, matrix: Tensor, stats: LayerStats, cache: Cache |
 def output_error(before: Float[Tensor, "out in"], after: Float[Tensor, "out in"], stats: LayerStats) -> float:
     """Return ||(after - before) X|| / ||before X|| from the gram; plain Frobenius norms where there is none."""
     delta, reference = (after.double() - before.double()), before.double()
-    return (_energy(delta, stats) / max(_energy(reference, stats), 1e-300)) ** 0.5
+    return math.sqrt(_energy(delta, stats) / max(_energy(reference, stats), 1e-300))
 
 
 def _energy(matrix: Tensor, stats: LayerStats) -> float:

@@ -1,4 +1,4 @@
-"""`optimize CHECKPOINT --entry ... --data ...`: the shipped default recipe with a model and data from the command line."""
+"""`optimize CHECKPOINT --entry ... --data ...`: the shipped default recipe, model and data from the command line."""
 
 from __future__ import annotations
 
@@ -46,5 +46,7 @@ def _input(text: str) -> InputSpec:
     shape, _, dtype = rest.partition(":")
     if not name or not equals or not shape:
         raise RecipeError(f'"{text}" names no shape', where="--input", fix="write --input x=batch,3,32,32")
-    sizes = tuple(int(size) if size.lstrip("-").isdigit() else size for size in shape.strip("[]()").replace(" ", "").split(","))
+    sizes = tuple(
+        int(size) if size.lstrip("-").isdigit() else size for size in shape.strip("[]()").replace(" ", "").split(",")
+    )
     return InputSpec(name=name, shape=sizes, dtype=dtype or "float32")

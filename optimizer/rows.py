@@ -65,7 +65,8 @@ def _stuff(value: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Put stride - 1 zeros between neighbours along each spatial dimension."""
     sizes = [(size - 1) * step + 1 for size, step in zip(value.shape[2:], stride, strict=True)]
     out = value.new_zeros(*value.shape[:2], *sizes)
-    out[(..., *(slice(None, None, step) for step in stride))] = value
+    index: Any = (..., *(slice(None, None, step) for step in stride))
+    out[index] = value
     return out
 
 

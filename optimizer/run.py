@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import resource
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,23 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from . import checkpoint, cost, data, entry, quantize, report, store, workspace
+from . import entry, planning, quantize, report, store, summary, workspace
 from . import recipe as recipes
-from .errors import AccuracyError, Error, ExportError, RecipeError, nearest
+from .errors import AccuracyError, Error, ExportError, InputError, RecipeError, RuntimeMissingError, nearest
 from .graph import Graph
 from .metric import Metric, drop, evaluate
-from .model import Model, Source, from_module, from_tensors, skeleton_of
+from .model import Model
+from .planning import Job, Planned
 from .progress import Reporter
-from .quantize import Decision, LayerResult
-from .recipe import Recipe, Step
-from .verdict import reason_when_slower
+from .quantize import LayerResult
+from .recipe import Recipe
+from .verdict import is_slower
 from .walk import trace
-from .weight import Dense, format_name
 from .workspace import Workspace, fingerprint
 
-PLAN_SCHEMA = "paredown.plan/1"
 TARGETS = ("onnx",)
+FOLDED = "a folded codebook runs at the speed of floats until low-bit kernels are registered"
+"""Why a compressed file is no faster in a runtime without our kernels: it decodes weights once, when loading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +47,6 @@ class Options:
     force: bool = False
     strict: bool = False
     command: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
-    """A recipe whose model and data have been loaded."""
-
-    recipe: Recipe
-    model: Model
-    calibration: data.Calibration
-    graph: Graph
-    fingerprint: str
 
 
 def run(recipe: Recipe, options: Options, reporter: Reporter) -> dict[str, Any]:
@@ -78,97 +67,6 @@ def run(recipe: Recipe, options: Options, reporter: Reporter) -> dict[str, Any]:
         reporter.close()
 
 
-def load(recipe: Recipe) -> Job:
-    """Load the model and the calibration data of a recipe, and capture the graph."""
-    model = load_model(recipe)
-    if recipe.data is None:
-        raise RecipeError("the recipe names no data", where=recipe.name, fix='write data: {entry: "path.py:function"}')
-    spec = recipe.data
-    function = entry.resolve(spec.entry, recipe.base)
-    offered = {"samples": spec.samples, "seed": spec.seed}
-    result = entry.call(function.function, offered, recipe.at("data"), spec.args)
-    calibration = data.batches(result, model.inputs, spec.samples)
-    graph = trace(model.module(), calibration.batches[:1]).graph
-    hashes = [tensor for batch in calibration.batches for tensor in batch]
-    mark = fingerprint(torch.__version__, recipe.seed, store.describe(model), *model.values().values(), *hashes)
-    return Job(recipe=recipe, model=model, calibration=calibration, graph=graph, fingerprint=mark)
-
-
-def load_model(recipe: Recipe) -> Model:
-    """Return the model of a recipe: architecture from its entry (or Hugging Face folder), weights from its checkpoint."""
-    spec = recipe.model
-    if spec is None or not spec.inputs:
-        what = "the recipe names no model" if spec is None else "the model has no inputs"
-        fix = "write model: {entry: ..., checkpoint: ..., inputs: {x: [batch, 3, 32, 32]}}"
-        raise RecipeError(what, where=recipe.at("model"), fix=fix)
-    path = recipe.path(spec.checkpoint) if spec.checkpoint else None
-    if spec.entry:
-        source_entry = entry.resolve(spec.entry, recipe.base)
-        module = entry.build_module(source_entry, spec.args)
-        files = source_entry.files
-    elif path is not None and path.is_dir():
-        module, files = checkpoint.hf_module(path), ()
-    else:
-        raise RecipeError("the model has no entry", where=recipe.at("model"), fix='write entry: "path.py:function"')
-    source = Source(entry=spec.entry, args=spec.args, files=files)
-    if path is None:
-        return from_module(module, spec.inputs, source)
-    try:
-        values = checkpoint.match(checkpoint.read(path), module)
-    except Error as error:
-        raise type(error)(error.what, where=error.where or spec.checkpoint, fix=error.fix) from error
-    return from_tensors(skeleton_of(module), values, spec.inputs, source)
-
-
-def plan(job: Job) -> list[tuple[Step, tuple[Decision, ...]]]:
-    """Resolve every step of a recipe for its model."""
-    planned = []
-    taken: dict[str, str] = {}
-    for step in job.recipe.steps:
-        try:
-            decisions = quantize.plan(job.model, step.spec, step.extras[0], job.graph)
-        except RecipeError as error:
-            raise RecipeError(error.what, where=error.where or step.where, fix=error.fix) from error
-        for decision in decisions:
-            if decision.quantizer and decision.layer in taken:
-                raise RecipeError(
-                    f'layer "{quantize.short(decision.layer)}" is compressed already by the step at {taken[decision.layer]}',
-                    where=step.where,
-                    fix="name it in one step only, with layers or skip",
-                )
-            if decision.quantizer:
-                taken[decision.layer] = step.where
-        planned.append((step, decisions))
-    return planned
-
-
-def plan_data(planned: Sequence[tuple[Step, Sequence[Decision]]]) -> dict[str, Any]:
-    """Return a plan as data for plan.yaml."""
-    steps = [{s.name: {d.layer: quantize.describe(d) for d in decisions}} for s, decisions in planned]
-    return {"schema": PLAN_SCHEMA, "steps": steps}
-
-
-def replay(path: Path, job: Job) -> list[tuple[Step, tuple[Decision, ...]]]:
-    """Read plan.yaml for a recipe's steps; a RecipeError where it does not fit them or the model."""
-    found = recipes.read_data(path)
-    steps = found.get("steps", []) if isinstance(found, Mapping) else []
-    names = [next(iter(item), "") if isinstance(item, Mapping) else "" for item in steps]
-    if names != [step.name for step in job.recipe.steps]:
-        raise RecipeError(
-            f"it plans {names or 'nothing'}, the recipe has {[s.name for s in job.recipe.steps]}",
-            where=str(path),
-            fix="use the plan of this recipe",
-        )
-    planned = []
-    for step, item in zip(job.recipe.steps, steps, strict=True):
-        layers = item[step.name]
-        for layer in layers:
-            if layer not in job.model.weights:
-                raise RecipeError(f'the model has no layer "{layer}"', where=str(path), fix="use the plan of this model")
-        planned.append((step, tuple(quantize.restore(layer, fields) for layer, fields in layers.items())))
-    return planned
-
-
 @dataclass(slots=True, kw_only=True)
 class _Run:
     recipe: Recipe
@@ -181,8 +79,8 @@ class _Run:
         for target in self.recipe.export:
             exporter(target, self.recipe.at("export"))
         self.reporter.stage("load checkpoint and calibration data")
-        job = load(self.recipe)
-        planned = replay(self.options.plan, job) if self.options.plan else plan(job)
+        job = planning.load(self.recipe)
+        planned = planning.replay(self.options.plan, job) if self.options.plan else planning.plan(job)
         self._write_texts(planned)
         before = self._metric("measure the original", job.model.module(), job.fingerprint + "-baseline")
         model, steps, layers, notes = self._steps(job, planned)
@@ -192,21 +90,21 @@ class _Run:
             "environment": _environment(),
             "seed": self.recipe.seed,
             "command": self.options.command,
-            "baseline": _sizes(job.model, job.graph, before, self.recipe.seed),
+            "baseline": summary.sizes(job.model, job.graph, before, self.recipe.seed),
             "steps": steps,
-            "layers": _layer_rows(model, layers),
-            "decisions": [_decision_row(d) for _, decisions in planned for d in decisions] + notes,
+            "layers": summary.layer_rows(model, layers),
+            "decisions": [summary.decision_row(d) for _, decisions in planned for d in decisions] + notes,
         }
         failure = self._artifacts(job, model, before, parts)
         parts["seconds"] = time.monotonic() - started
         return self._finish(parts, failure)
 
-    def _write_texts(self, planned: Sequence[tuple[Step, Sequence[Decision]]]) -> None:
+    def _write_texts(self, planned: Sequence[Planned]) -> None:
         (self.work.folder / "recipe.yaml").write_text(recipes.dump(self.recipe))
-        (self.work.folder / "plan.yaml").write_text(recipes.dump_data(plan_data(planned)))
+        (self.work.folder / "plan.yaml").write_text(recipes.dump_data(planning.plan_data(planned)))
 
     def _steps(
-        self, job: Job, planned: Sequence[tuple[Step, tuple[Decision, ...]]]
+        self, job: Job, planned: Sequence[Planned]
     ) -> tuple[Model, list[dict[str, Any]], list[LayerResult], list[dict[str, Any]]]:
         model, mark = job.model, job.fingerprint
         rows: list[dict[str, Any]] = []
@@ -221,23 +119,19 @@ class _Run:
             notes += [{"layer": "*", "kept": step.name, "reason": note} for note in done["notes"]]
         return model, rows, layers, notes
 
-    def _step(
-        self, job: Job, model: Model, mark: str, planned: tuple[Step, tuple[Decision, ...]]
-    ) -> tuple[Model, dict[str, Any]]:
+    def _step(self, job: Job, model: Model, mark: str, planned: Planned) -> tuple[Model, dict[str, Any]]:
         known = self.work.get_model(mark)
         if known is not None:
             return known
         step, decisions = planned
         started = time.monotonic()
-        _reset_peak_rss()
-        hooks = quantize.Hooks(
-            progress=self.reporter.update, cache=self.work.layers(mark), seed=self.recipe.seed
-        )
+        summary.reset_peak_rss()
+        hooks = quantize.Hooks(progress=self.reporter.update, cache=self.work.layers(mark), seed=self.recipe.seed)
         result = quantize.apply(model, step.spec, decisions, job.calibration, hooks)
         total = [layer.error_rel for layer in result.layers if not layer.reason]
         row = {
             "seconds": time.monotonic() - started,
-            "peak_rss_bytes": _peak_rss(),
+            "peak_rss_bytes": summary.peak_rss(),
             "metric": None,
             "error_rel": float(np.sqrt(np.mean(np.square(total)))) if total else None,
         }
@@ -279,8 +173,8 @@ class _Run:
         elif failure is None:
             after = self._metric("measure the result", model.module(), "")
         graph = trace(model.module(), job.calibration.batches[:1]).graph
-        final = _sizes(model, graph, after, self.recipe.seed)
-        parts["final"] = final | {"bits_per_weight": bits_per_weight(model)} | self._drop(before, after)
+        final = summary.sizes(model, graph, after, self.recipe.seed)
+        parts["final"] = final | {"bits_per_weight": summary.bits_per_weight(model)} | self._drop(before, after)
         if paths and self.recipe.bench is not None and failure is None:
             self._bench(job, paths[0], parts)
         return failure or self._gate(before, after)
@@ -318,7 +212,7 @@ class _Run:
         )
 
     def _bench(self, job: Job, path: Path, parts: dict[str, Any]) -> None:
-        from ..bench import edge
+        from ..bench import compare, edge
 
         assert self.recipe.bench is not None
         target = exporter(self.recipe.export[0])
@@ -329,10 +223,10 @@ class _Run:
         bench = self.recipe.bench
         spec = edge.Spec(batch=bench.batch, threads=bench.threads, runtime=bench.runtime, seed=self.recipe.seed)
         rows = edge.run([original, path], spec, target.open, lambda share, text: self.reporter.update(share, 1, text))
-        parts["bench"] = [dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row for row in rows]
-        reason = reason_when_slower(parts)
-        if reason and self.recipe.gates.never_slower:
-            parts["decisions"].append({"layer": "*", "kept": "compressed", "reason": reason})
+        parts["bench"] = [row.report() for row in rows]
+        parts["environment"]["bench_caution"] = compare.caution(rows)
+        if is_slower(parts["bench"]):
+            parts["decisions"].append({"layer": "*", "kept": "compressed", "reason": FOLDED})
 
     def _finish(self, parts: dict[str, Any], failure: Error | None) -> dict[str, Any]:
         self.reporter.stage("write the report")
@@ -367,13 +261,6 @@ def as_module(runner: Any, graph: Graph) -> nn.Module:
     return _RunnerModule(runner, graph).eval()
 
 
-def bits_per_weight(model: Model) -> float | None:
-    """Return 8 x bytes of all compressed weights with tables and scales, over the number of weights they stand for."""
-    compressed = [weight for weight in model.weights.values() if not isinstance(weight, Dense)]
-    count = sum(weight.shape[0] * weight.shape[1] for weight in compressed)
-    return sum(weight.bits() for weight in compressed) / count if count else None
-
-
 def exporter(target: str, where: str = "") -> Any:
     """Return `exporters/<target>.py`: suffix, Options, export and open."""
     if target not in TARGETS:
@@ -387,55 +274,37 @@ def _environment() -> dict[str, Any]:
     return machine()
 
 
-def _sizes(model: Model, graph: Graph, metric: Metric | None, seed: int) -> dict[str, Any]:
-    return {
-        "metric": metric.report() if metric else None,
-        "metric_ci95": metric.interval(seed) if metric else None,
-        "size_bytes": model.size_bytes(),
-        "parameters": model.parameters(),
-        "macs": cost.macs(graph),
-    }
+def dry_run(recipe: Recipe, options: Options) -> str:
+    """Return the plan and what it will cost, writing nothing."""
+    job = planning.load(recipe)
+    planned = planning.replay(options.plan, job) if options.plan else planning.plan(job)
+    return planning.forecast(job, planned)
 
 
-def _layer_rows(model: Model, results: Sequence[LayerResult]) -> list[dict[str, Any]]:
-    rows = []
-    for result in results:
-        weight = model.weights[result.layer]
-        rows.append(
-            {
-                "name": result.layer,
-                "shape": list(model.layouts[result.layer].shape),
-                "channels_kept": weight.shape[0],
-                "rank": None,
-                "format": format_name(weight),
-                "bits": getattr(weight, "code_bits", None) or 8 * weight.values.element_size(),  # type: ignore[union-attr]
-                "size_bytes": weight.bits() // 8,
-                "error_rel": result.error_rel,
-                "mode": "decoded to float",
-            }
-        )
-    return rows
+def export(folder: Path, target: str, out: Path | None, *, force: bool) -> Path:
+    """Lower the stored model of an output folder and return the file."""
+    module = exporter(target)
+    path = out or folder / f"model{module.suffix}"
+    if path.exists() and not force:
+        raise RecipeError(f'the file "{path.name}" exists already', fix="use --force or another --out")
+    model = store.load(folder)
+    with workspace.disk_errors(path):
+        module.export(model, path, module.Options())
+    return path
 
 
-def _decision_row(decision: Decision) -> dict[str, Any]:
-    if decision.quantizer:
-        text = f"{decision.quantizer}, {decision.spec.format.bits} bits"
-        return {"layer": decision.layer, "kept": text, "reason": "as the recipe says"}
-    return {"layer": decision.layer, "fallback": "dense", "reason": decision.reason}
+def verify(folder: Path, runtime: str) -> list[str]:
+    """Compare the exported artifact of a folder with its stored model; return a line per batch size."""
+    from ..exporters import verify as comparison
 
-
-def _reset_peak_rss() -> None:
-    """Start a new peak for this step, where the system can (Linux)."""
-    path = Path("/proc/self/clear_refs")
-    if path.exists():
-        path.write_text("5")
-
-
-def _peak_rss() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), "")
-        if line:
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
+    if runtime != "onnxruntime":
+        raise RuntimeMissingError(f'there is no runtime "{runtime}" in this version', fix="use onnxruntime")
+    path = folder / "model.onnx"
+    model = store.load(folder)
+    if not path.is_file():
+        raise InputError("is missing", where=str(path), fix=f"run optimize export {folder}")
+    rows = comparison.verify(model, path, exporter("onnx").open)
+    return [
+        f"{row.runtime} batch {row.batch}: relative {row.rel:.1e}, max {row.max_abs:.1e}, first bad layer: none"
+        for row in rows
+    ]

@@ -83,7 +83,7 @@ def refine_scale(
 
 def scale_losses(
     job: Job, levels: Float64[Tensor, "blocks levels"], scale: Float64[Tensor, "out groups"]
-) -> Float64[Tensor, "out"]:
+) -> Float64[Tensor, " out"]:
     """Return the importance-weighted squared error of every row, with nearest codes."""
     grid = Grid(levels=levels, scale=scale, group=job.format.group, table_rows=job.format.table_rows)
     delta = grid.values(grid.nearest(job.weight)) - job.weight
@@ -98,7 +98,7 @@ class _Runs:
     importance: Float64[Tensor, "runs n"]
     levels: Float64[Tensor, "runs_or_1 levels"]
 
-    def snap(self, scale: Float64[Tensor, "runs"]) -> Float64[Tensor, "runs n"]:
+    def snap(self, scale: Float64[Tensor, " runs"]) -> Float64[Tensor, "runs n"]:
         """Return the level nearest to each weight over its scale."""
         normal = self.weight / torch.where(scale == 0, 1.0, scale)[:, None]
         if _is_even(self.levels):
@@ -109,18 +109,18 @@ class _Runs:
             return self.levels[0].index_select(0, codes.flatten().int()).reshape(codes.shape)
         return self.levels.gather(1, codes.long())
 
-    def loss(self, scale: Float64[Tensor, "runs"]) -> Float64[Tensor, "runs"]:
+    def loss(self, scale: Float64[Tensor, " runs"]) -> Float64[Tensor, " runs"]:
         delta = self.snap(scale).mul_(scale[:, None]).sub_(self.weight)
         return delta.square_().mul_(self.importance).sum(1)
 
-    def least_squares(self, scale: Float64[Tensor, "runs"]) -> Float64[Tensor, "runs"]:
+    def least_squares(self, scale: Float64[Tensor, " runs"]) -> Float64[Tensor, " runs"]:
         """Return argmin_s sum h (w - s l)^2 = sum h w l / sum h l^2 for the levels l that a scale picks."""
         levels = self.snap(scale)
         weighted = levels * self.importance
         norm = weighted.mul(levels).sum(1)
         return torch.where(norm > 0, weighted.mul_(self.weight).sum(1) / norm, scale)
 
-    def best(self, candidates: Iterable[Float64[Tensor, "runs"]]) -> Float64[Tensor, "runs"]:
+    def best(self, candidates: Iterable[Float64[Tensor, " runs"]]) -> Float64[Tensor, " runs"]:
         """Return the rounded candidate of least loss for every run, the first of equals; 0 if none beats zeros."""
         best = torch.zeros(len(self.weight), dtype=torch.float64)
         least = (self.weight.square() * self.importance).sum(1)
@@ -151,7 +151,7 @@ def _by_chunk(
     return torch.cat(parts)
 
 
-def _clips(weight: Float64[Tensor, "runs n"], levels: Float64[Tensor, "r l"]) -> list[Float64[Tensor, "runs"]]:
+def _clips(weight: Float64[Tensor, "runs n"], levels: Float64[Tensor, "r l"]) -> list[Float64[Tensor, " runs"]]:
     """Return candidate scales: those that cover a run, of either sign, times `CLIPS`; for even levels absmax over 2**j.
 
     The powers of two make {-a, 0, a} exact on even levels, where a must not fall on the unpaired outer level. Searching

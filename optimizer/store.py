@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from . import surgery
 from .checkpoint import read_safetensors
 from .entry import build_module, resolve_from_files
-from .errors import Error, InputError
+from .errors import InputError
 from .model import ActQuant, InputSpec, Model, Source, SourceFile, skeleton_of
 from .weight import Dense, Layout, Weight, rebuild
 
@@ -46,7 +45,9 @@ def load(folder: str | Path) -> Model:
     data = _read_json(folder / "model.json")
     if data.get("schema") != SCHEMA:
         raise InputError(
-            f'schema "{data.get("schema")}" is not "{SCHEMA}"', where=str(folder / "model.json"), fix="run optimize again"
+            f'schema "{data.get("schema")}" is not "{SCHEMA}"',
+            where=str(folder / "model.json"),
+            fix="run optimize again",
         )
     source = _source(folder, data)
     module = build_module(resolve_from_files(source.entry, source.files), source.args)
@@ -95,7 +96,9 @@ def _parts(name: str, weight: Weight, layout: Layout) -> dict[str, Tensor]:
     return {f"{name}:{part}": tensor for part, tensor in weight.tensors().items()}
 
 
-def _assemble(data: Mapping[str, Any], tensors: Mapping[str, Tensor], skeleton: torch.nn.Module, source: Source) -> Model:
+def _assemble(
+    data: Mapping[str, Any], tensors: Mapping[str, Tensor], skeleton: torch.nn.Module, source: Source
+) -> Model:
     weights: dict[str, Weight] = {}
     layouts: dict[str, Layout] = {}
     for name, meta in data["weights"].items():
@@ -136,7 +139,9 @@ def _source(folder: Path, data: Mapping[str, Any]) -> Source:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f'"{path.parent}" is not an output folder', fix="it must hold model.json and model.safetensors")
+        raise InputError(
+            f'"{path.parent}" is not an output folder', fix="it must hold model.json and model.safetensors"
+        )
     try:
         data = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

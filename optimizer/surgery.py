@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError
 from .model import Edit, module_at
@@ -34,7 +35,7 @@ def fold_norm(into: str, norm: str) -> Edit:
 def _fold_norm(root: nn.Module, into: str, norm: str) -> None:
     layer, batch_norm = module_at(root, into), module_at(root, norm)
     if getattr(layer, "bias", None) is None:
-        channels = batch_norm.running_mean.shape[0]  # type: ignore[union-attr,index]
+        channels = cast(Tensor, batch_norm.running_mean).shape[0]
         dtype = next(layer.parameters()).dtype
         layer.bias = nn.Parameter(torch.empty(channels, device="meta", dtype=dtype))
     parent, _, leaf = norm.rpartition(".")

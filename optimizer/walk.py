@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,7 @@ class Reader:
         for value in self.inputs():
             taps = max(1, self._columns() // max(1, value.shape[1] if value.ndim > 1 else 1))
             per_item = max(1, value[:1].numel() * value.element_size() * taps)
-            for piece in value.split(max(1, CHUNK_BYTES // per_item)) if value.ndim > 2 else (value,):
+            for piece in torch.split(value, max(1, CHUNK_BYTES // per_item)) if value.ndim > 2 else (value,):
                 yield rows_of(self.site, self.node, piece)
 
     def _columns(self) -> int:
@@ -53,7 +53,7 @@ class Reader:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Visitor:
-    """What to do at each site: `before` may replace the weight, `after` sees and may replace the outputs of all batches.
+    """What to do at each site: `before` may replace the weight, `after` the outputs of all batches.
 
     before(site, reader) -> new parameter value or None.
     after(site, node, outputs) -> new outputs, one per batch, or None.
@@ -95,9 +95,7 @@ def trace(module: nn.Module, batches: Sequence[Batch]) -> Traced:
 
 
 @torch.no_grad()
-def walk(
-    traced: Traced, values: Mapping[str, Tensor], visitor: Visitor | None = None
-) -> list[tuple[Any, ...]]:
+def walk(traced: Traced, values: Mapping[str, Tensor], visitor: Visitor | None = None) -> list[tuple[Any, ...]]:
     """Run the graph on all batches and return each batch's outputs.
 
     values: parameters and buffers by canonical name; the mapping is not changed.
@@ -233,7 +231,7 @@ class _Recurrent:
         return _Recurrent(
             node=node,
             biases=bool(biases),
-            layers=int(layers),  # type: ignore[call-overload]
+            layers=cast(int, layers),
             directions=2 if bidirectional else 1,
             batch_first=bool(batch_first),
             weights=tuple(flat_weights(node)),

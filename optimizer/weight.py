@@ -49,8 +49,8 @@ class Dense:
 class Uniform:
     """Evenly spaced levels: (code - zero) * scale.
 
-    `codes` in 0..2**code_bits-1; `scale` holds one column per group of `group` inputs (0 = one scale per row) and may be
-    negative. `dense()` computes in float32 and rounds once to `dtype`.
+    `codes` in 0..2**code_bits-1; `scale` holds one column per group of `group` inputs (0 = one scale per row) and may
+    be negative. `dense()` computes in float32 and rounds once to `dtype`.
     """
 
     codes: UInt8[Tensor, "out in"]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,7 +119,9 @@ def open_workspace(out: Path, *, resume: bool, force: bool) -> Workspace:
     """Prepare a place to write; RecipeError where `out` exists and neither --resume nor --force was given."""
     out = Path(os.path.abspath(out))
     if out.exists() and not force:
-        fix = "it is complete; use --force to replace it, or another --out" if resume else "use --force or another --out"
+        fix = (
+            "it is complete; use --force to replace it, or another --out" if resume else "use --force or another --out"
+        )
         raise RecipeError(f'the output folder "{out.name}" exists already', fix=fix)
     if out.exists() and not out.is_dir():
         raise RecipeError(f'"{out.name}" is a file', fix="use another --out")
@@ -143,7 +144,7 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except Error:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if not _is_disk(error):
             raise
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no space left on device"

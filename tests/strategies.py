@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
+
 from paredown.optimizer.codes import Format
 from paredown.optimizer.stats import LayerStats
-from torch import Tensor
 
 SEEDS = st.integers(0, 2**31 - 1)
 

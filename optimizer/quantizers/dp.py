@@ -42,5 +42,5 @@ def quantize(w: Float[Tensor, "out in"], stats: LayerStats | None, spec: Spec) -
     return codebook(job, *fit_table(job, partial(_solve, limit)))
 
 
-def _solve(limit: int, points: Points, count: int) -> Float64[ndarray, "k"]:
+def _solve(limit: int, points: Points, count: int) -> Float64[ndarray, " k"]:
     return optimal(histogram(points, limit), count)

@@ -56,7 +56,7 @@ def quantize(w: Float[Tensor, "out in"], stats: LayerStats | None, spec: Spec) -
     return codebook(job, levels, search_scale(job, levels))
 
 
-def power_levels(exponents: Float64[Tensor, "blocks"], bits: int) -> Float64[Tensor, "blocks levels"]:
+def power_levels(exponents: Float64[Tensor, " blocks"], bits: int) -> Float64[Tensor, "blocks levels"]:
     """Return sgn(q) (|q| / Q)^(1/a) for q = -Q .. Q-1, Q = 2**(bits-1): even levels at a = 1."""
     half = 2 ** (bits - 1)
     steps = (torch.arange(2**bits, dtype=torch.float64) - half) / half
@@ -64,7 +64,7 @@ def power_levels(exponents: Float64[Tensor, "blocks"], bits: int) -> Float64[Ten
     return levels
 
 
-def best_exponents(job: Job, blocks: int) -> Float64[Tensor, "blocks"]:
+def best_exponents(job: Job, blocks: int) -> Float64[Tensor, " blocks"]:
     """Return the exponent of least error for each table: the best of a grid, then golden section around it.
 
     Scales are searched at the first exponent, and then follow from one to the next: the best clip moves by 3 to 5 % per
@@ -92,12 +92,12 @@ def best_exponents(job: Job, blocks: int) -> Float64[Tensor, "blocks"]:
 class _Trial:
     """Exponents with their fitted scales and the weighted squared error of every table's rows."""
 
-    exponents: Float64[Tensor, "blocks"]
+    exponents: Float64[Tensor, " blocks"]
     scale: Float64[Tensor, "out 1"]
-    loss: Float64[Tensor, "blocks"]
+    loss: Float64[Tensor, " blocks"]
 
     @classmethod
-    def of(cls, job: Job, exponents: Float64[Tensor, "blocks"], start: Float64[Tensor, "out 1"] | None) -> _Trial:
+    def of(cls, job: Job, exponents: Float64[Tensor, " blocks"], start: Float64[Tensor, "out 1"] | None) -> _Trial:
         """Fit scales to the rounded tables of some exponents, near `start` or from scratch."""
         levels = stored_levels(power_levels(exponents, job.format.bits), job.format.table)
         index = row_blocks(len(job.weight), job.format.table_rows)

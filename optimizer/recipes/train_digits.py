@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from paredown.optimizer.recipes.digits import accuracy, network, train_scans
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from paredown.optimizer.recipes.digits import accuracy, network, train_scans
 
 SEED = 0
 EPOCHS = 40

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from paredown.optimizer.clusters import histogram, lloyd, merge, optimal
 from paredown.optimizer.codes import Format, Grid, count_below, damp, prepare, round_scale, round_table, table_levels
 from paredown.optimizer.errors import InputError, RecipeError
 from paredown.optimizer.feedback import assign, feedback, row_losses
 from paredown.optimizer.stats import LayerStats
-from torch import Tensor
 
 from ..strategies import SEEDS, formats, layers, output_error, random_stats, random_weight
 

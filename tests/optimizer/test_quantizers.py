@@ -9,11 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import paredown.optimizer.quantizers
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import paredown.optimizer.quantizers
 from paredown.optimizer.clusters import fit_table, lloyd, optimal
 from paredown.optimizer.codes import Format, grid_of, prepare, table_levels
 from paredown.optimizer.errors import RecipeError
@@ -21,7 +23,6 @@ from paredown.optimizer.quantizers import dp, kmeans, lnq, nf, power, uniform
 from paredown.optimizer.scales import codebook, scale_losses
 from paredown.optimizer.stats import LayerStats
 from paredown.optimizer.weight import Codebook, Uniform
-from torch import Tensor
 
 from ..strategies import SEEDS, formats, layers, output_error, random_stats, random_weight
 
@@ -302,7 +303,9 @@ def test_nf4_is_the_table_of_qlora() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_nf_clip_lowers_the_error(bits: int) -> None:
     w = random_weight(10, 80, 0)
-    plain, clipped = (nf.quantize(w, None, nf.Spec(format=Format(bits=bits), clip=clip)).dense() for clip in (False, True))
+    plain, clipped = (
+        nf.quantize(w, None, nf.Spec(format=Format(bits=bits), clip=clip)).dense() for clip in (False, True)
+    )
     assert float((clipped - w).norm()) < float((plain - w).norm())
 
 
