@@ -106,10 +106,9 @@ def decode(parts: LutParts, spec: LutSpec) -> Float[Tensor, "n k"]:
 def onnx_attributes(spec: LutSpec, dtype: int) -> dict[str, int | float | str | list[int]]:
     """Return the attributes of a node; `dtype` is the ONNX element type of W (and of x and y).
 
-    `first_byte`, `next_byte` and `divisor` tell the portable body where in a word each code lies; kernels use `bits`.
+    `place` and `divisor` tell the portable body what each byte and each code of a word count; kernels use `bits`.
     """
     size, per_word = packing.word(spec.bits)
-    starts = [spec.bits * code for code in range(per_word)]
     return {
         "n": spec.n,
         "k": spec.k,
@@ -121,9 +120,8 @@ def onnx_attributes(spec: LutSpec, dtype: int) -> dict[str, int | float | str | 
         "layout": "rows",
         "dtype": dtype,
         "levels": 2**spec.bits,
-        "next_byte": [min(byte + 1, size - 1) for byte in range(size)],
-        "first_byte": [start // 8 for start in starts],
-        "divisor": [2 ** (start % 8) for start in starts],
+        "place": [256**byte for byte in range(size)],
+        "divisor": [2 ** (spec.bits * code) for code in range(per_word)],
     }
 
 
@@ -140,36 +138,49 @@ def onnx_function(op: OnnxOp, opset: int) -> onnx.FunctionProto:
     return onnx.parser.parse_function(text + _DECODE + tail + "}")
 
 
-# A code of up to 8 bits lies in at most two neighbouring bytes: pair them, divide, keep the remainder. Only int32
-# Div/Mul/Sub, because TensorRT has no BitShift and onnxruntime 1.31 sums int64 in double (7-bit words need 56 bits).
+# What a byte adds to each code of its word is looked up (`parts`: 256 rows for each byte of a word, from the attributes
+# alone) and the bytes of a word are added: no shifts or masks, which TensorRT has not, and few passes over the weights,
+# because onnxruntime folds the body at load and keeps each pass in memory (4096 x 4096 at 4 bits: 2.6 s and 855 MB;
+# dividing and subtracting code by code took 4.0 s and 1110 MB). int32: onnxruntime 1.31 sums int64 in double.
 _DECODE = """
     minus_one = Constant <value_ints = [-1]> ()
     zero_1d = Constant <value_ints = [0]> ()
     one_1d = Constant <value_ints = [1]> ()
+    last_two = Constant <value_ints = [1, 2]> ()
+    outer_two = Constant <value_ints = [0, 2]> ()
     zero_0d = Constant <value_int = 0> ()
     one_0d = Constant <value_int = 1> ()
-    byte = Constant <value = int32 {256}> ()
+    bytes = Constant <value_int = 256> ()
     n = Constant <value_int: int = @n> ()
     k = Constant <value_int: int = @k> ()
-    levels_64 = Constant <value_int: int = @levels> ()
-    levels = Cast <to = 6> (levels_64)
-    next_byte = Constant <value_ints: ints = @next_byte> ()
-    first_byte = Constant <value_ints: ints = @first_byte> ()
-    divisor_64 = Constant <value_ints: ints = @divisor> ()
-    divisor = Cast <to = 6> (divisor_64)
+    levels = Constant <value_int: int = @levels> ()
+    place = Constant <value_ints: ints = @place> ()
+    divisor = Constant <value_ints: ints = @divisor> ()
 
-    bytes_flat = Cast <to = 6> (codes)
-    word_bytes = Shape (next_byte)
-    words_shape = Concat <axis = 0> (minus_one, word_bytes)
-    low = Reshape (bytes_flat, words_shape)
-    high = Gather <axis = 1> (low, next_byte)
-    high_part = Mul (high, byte)
-    pairs = Add (low, high_part)
-    window = Gather <axis = 1> (pairs, first_byte)
-    shifted = Div (window, divisor)
+    place_column = Unsqueeze (place, last_two)
+    byte_values = Range (zero_0d, bytes, one_0d)
+    byte_row = Unsqueeze (byte_values, outer_two)
+    placed = Mul (place_column, byte_row)
+    shifted = Div (placed, divisor)
     above = Div (shifted, levels)
     above_part = Mul (above, levels)
-    digits = Sub (shifted, above_part)
+    parts_64 = Sub (shifted, above_part)
+    parts_32 = Cast <to = 6> (parts_64)
+    per_word = Shape (divisor)
+    parts_shape = Concat <axis = 0> (minus_one, per_word)
+    parts = Reshape (parts_32, parts_shape)
+
+    word_bytes = Shape (place)
+    words_shape = Concat <axis = 0> (minus_one, word_bytes)
+    bytes_32 = Cast <to = 6> (codes)
+    words = Reshape (bytes_32, words_shape)
+    word_bytes_0d = Squeeze (word_bytes)
+    position = Range (zero_0d, word_bytes_0d, one_0d)
+    position_64 = Mul (position, bytes)
+    position_32 = Cast <to = 6> (position_64)
+    part = Add (words, position_32)
+    added = Gather <axis = 0> (parts, part)
+    digits = ReduceSum <keepdims = 0> (added, one_1d)
     stream = Reshape (digits, minus_one)
     count = Mul (n, k)
     count_1d = Reshape (count, one_1d)
@@ -184,7 +195,7 @@ _DECODE = """
     block_rows = Where (one_table, n, table_rows)
     row = Range (zero_0d, n, one_0d)
     block = Div (row, block_rows)
-    offset_64 = Mul (block, levels_64)
+    offset_64 = Mul (block, levels)
     offset_1d = Cast <to = 6> (offset_64)
     offset = Unsqueeze (offset_1d, one_1d)
     index = Add (code, offset)

@@ -1,8 +1,8 @@
 """Canonical packing: codes of 1 to 8 bits as one little-endian stream of words, row after row without padding.
 
 A word is the smallest whole number of bytes that holds whole codes: 1 byte for 1, 2, 4 and 8 bits (8, 4, 2, 1 codes),
-`bits` bytes for 3, 5, 6 and 7 bits (8 codes). The first code sits in the lowest bits of the lowest byte. Kernels have
-layouts of their own, made from the codes when building or exporting; files hold this one.
+3, 5, 3 and 7 bytes for 3, 5, 6 and 7 bits (8, 8, 4, 8 codes). The first code sits in the lowest bits of the lowest
+byte. Kernels have layouts of their own, made from the codes when building or exporting; files hold this one.
 """
 
 from __future__ import annotations

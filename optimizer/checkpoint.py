@@ -5,7 +5,7 @@
 * `.pt2` (torch.export): weights only, memory-mapped raw bytes that JSON describes. The archive's sample inputs are a
   pickle that `torch.export.load` falls back to executing, and its graph is evaluated as text, so neither is read: the
   recipe needs an entry. Weights that are themselves pickled (tensor subclasses) are refused.
-* a Hugging Face folder: config.json and safetensors; `hf_module` builds the network with transformers, offline.
+* a Hugging Face folder: its safetensors (`huggingface` builds the network).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, RuntimeMissingError, nearest
+from .errors import InputError, nearest
 from .model import aliases, persistent_buffers
 
 State: TypeAlias = dict[str, Tensor]
@@ -103,36 +103,6 @@ def match(state: Mapping[str, Tensor], module: nn.Module) -> State:
     for name in (name for name in wanted if name in found):
         _check_values(name, found[name], wanted[name])
     return {name: found.get(name, like.detach()) for name, like in wanted.items()}
-
-
-def hf_module(path: Path) -> nn.Module:
-    """Build the architecture of a Hugging Face folder from its config.json, with random weights, without network.
-
-    Raises RuntimeMissingError without transformers, InputError for a folder that it cannot build.
-    """
-    config = _json(path / "config.json")
-    try:
-        import transformers
-    except ImportError as error:
-        raise RuntimeMissingError(
-            "transformers is not installed", where=str(path), fix="pip install 'paredown[hf]'"
-        ) from error
-    names = config.get("architectures") if isinstance(config, dict) else None
-    if not names:
-        raise InputError('config.json names no "architectures"', where=str(path), fix="give the model an entry")
-    cls = getattr(transformers, str(names[0]), None)
-    if cls is None:
-        raise InputError(f'transformers has no class "{names[0]}"', where=str(path), fix="give the model an entry")
-    try:
-        settings = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module = cls(settings)
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"transformers cannot build {names[0]}: {first}", where=str(path)) from error
-    assert isinstance(module, nn.Module)
-    return module.eval()
 
 
 def _require(path: Path) -> None:

@@ -5,15 +5,16 @@ Importing this file imports neither torch nor any runtime, so that `--help` answ
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from .errors import Error, RecipeError
+from .errors import Error, RecipeError, nearest
 
 if TYPE_CHECKING:
     from .progress import Reporter
@@ -30,9 +31,16 @@ class _Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands and (args[0].endswith(SUFFIXES) or Path(args[0]).exists()):
-            return "checkpoint", _checkpoint, args
-        return super().resolve_command(ctx, args)
+        first = args[0]
+        if first in self.commands or first.startswith("-"):
+            return super().resolve_command(ctx, args)
+        if first == "CHECKPOINT":
+            return first, _checkpoint, args[1:]
+        if first.endswith((".yaml", ".yml")):
+            raise RecipeError(f'"{first}" is a recipe, not a checkpoint', fix=f"write optimize run {first}")
+        if first.endswith(SUFFIXES) or Path(first).exists():
+            return "CHECKPOINT", _checkpoint, args
+        raise RecipeError(f'there is no command "{first}"', fix=nearest(first, self.commands))
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,7 +84,7 @@ def run(recipe: Path, plan_file: Path | None, **options: Any) -> None:
 
 @click.command(name="CHECKPOINT")
 @click.argument("checkpoint", type=_PATH)
-@click.option("--entry", required=True, help='What builds the network: "path.py:function" or "module:function".')
+@click.option("--entry", help='What builds the network: "path.py:function"; a Hugging Face folder needs none.')
 @click.option("--data", "data_entry", required=True, help="What gives calibration batches, in the same form.")
 @click.option("--metric", help="What scores a model (higher is better), in the same form.")
 @click.option(
@@ -91,7 +99,7 @@ def _checkpoint(checkpoint: Path, plan_file: Path | None, **options: Any) -> Non
 
     request = quickstart.Request(
         checkpoint=checkpoint,
-        entry=options["entry"],
+        entry=options["entry"] or "",
         data=options["data_entry"],
         metric=options["metric"] or "",
         inputs=tuple(options["inputs"]),
@@ -151,6 +159,10 @@ def verify(folder: Path, runtime: str) -> None:
 @click.option("--out", type=_PATH, help="Folder for bench.json and bench.csv.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
     """Time artifacts against the first of them, interleaved in one process."""
+    out = options["out"]
+    if out is not None and (out.is_file() or not out.parent.is_dir()):
+        what = f'"{out}" is a file' if out.is_file() else f'the folder "{out.parent}" does not exist'
+        raise RecipeError(what, where="--out", fix="name a folder to write")
     from ..bench import command
 
     command.run(command.Request(artifacts=artifacts, **options), _reporter())
@@ -200,21 +212,41 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command; exit codes are those of `errors`, 130 when interrupted."""
+    """Run the command; exit codes are those of `errors`, 130 when interrupted. An error is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a report is worth printing in any locale
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="optimize", standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(RecipeError.exit_code)
+    except click.ClickException as error:
+        _fail(_usage(error), RecipeError.exit_code)
     except Error as error:
-        click.echo(f"optimize: {error}", err=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("optimize: interrupted; run the same command with --resume to go on", err=True)
-        sys.exit(INTERRUPTED)
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as error:
+        first = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
+        _fail("; ".join(part for part in ("interrupted", str(first)) if part), INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    click.echo("optimize: " + " ".join(text.split()), err=True)
+    sys.exit(code)
+
+
+def _usage(error: click.ClickException) -> str:
+    """Return what was wrong with the command line, and where its help is."""
+    context = getattr(error, "ctx", None)
+    text = error.format_message().rstrip(".")
+    return f"{text[:1].lower()}{text[1:]}; see {context.command_path if context else 'optimize'} --help"
 
 
 def _settings(options: dict[str, Any]) -> tuple[str, ...]:

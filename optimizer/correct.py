@@ -59,12 +59,12 @@ def choose(original: Model, compressed: Model, data: Data, kinds: Iterable[Kind]
 
 
 def measure(model: Model, traced: Traced) -> dict[str, Moments]:
-    """Return the output moments of each layer with a bias of its own, by parameter name."""
+    """Return the output moments of each layer with a bias of its own, by the name of the bias."""
     found: dict[str, Moments] = {}
 
     def after(site: Site, node: fx.Node, outputs: Sequence[Tensor]) -> None:
-        if _bias_name(model, traced, site, node):
-            found[site.param] = _moments(site, outputs)
+        if bias_name := _bias_name(model, traced, site, node):
+            found[bias_name] = _moments(site, outputs)
 
     walk(traced, model.values(), Visitor(after=after))
     return found
@@ -78,9 +78,9 @@ def apply(model: Model, traced: Traced, moments: Mapping[str, Moments], kind: Ki
 
     def after(site: Site, node: fx.Node, outputs: Sequence[Tensor]) -> list[Tensor] | None:
         bias_name = _bias_name(model, traced, site, node)
-        if not bias_name or site.param not in moments:
+        if bias_name not in moments:
             return None
-        now, want = _moments(site, outputs), moments[site.param]
+        now, want = _moments(site, outputs), moments[bias_name]
         weight = model.weights[site.param]
         gain = torch.ones_like(now.mean)
         if kind == "normalization" and site.param in folded and isinstance(weight, (Codebook, Uniform, Dense)):
@@ -125,10 +125,9 @@ def _bias_name(model: Model, traced: Traced, site: Site, node: fx.Node) -> str:
     if site.kind not in ("conv", "conv_transpose", "linear") or len(node.args) < 3:
         return ""
     bias = node.args[2] if site.operand == 0 else node.args[0]
-    if not isinstance(bias, fx.Node) or len(bias.users) != 1:
-        return ""
-    name = traced.graph.values.get(bias.name, "")
-    return name if name in model.tensors else ""
+    name = traced.graph.values.get(getattr(bias, "name", ""), "")
+    users = sum(len(other.users) for other in traced.graph.nodes if traced.graph.values.get(other.name) == name)
+    return name if name in model.tensors and users == 1 else ""
 
 
 def _channel_axis(site: Site, y: Tensor) -> int:

@@ -46,6 +46,16 @@ class Entry:
     def where(self) -> str:
         return f'entry "{self.text}"'
 
+    @property
+    def code(self) -> str:
+        """Return the source text behind the function, as far as there is one: what a cached result depends on."""
+        if self.files:
+            return "\0".join(file.text for file in self.files)
+        try:
+            return inspect.getsource(sys.modules[self.function.__module__])
+        except (OSError, TypeError, KeyError):
+            return ""
+
 
 def parts(entry: str) -> tuple[str, str]:
     """Split an entry at its last colon into file or module, and function."""
@@ -144,14 +154,19 @@ def user_code(where: str) -> Iterator[None]:
         raise InputError(_told(error), where=where, fix="mend the entry's code") from error
 
 
+def place(error: BaseException) -> str:
+    """Return "file:line" of the innermost frame that is neither torch's nor ours, "" if there is none."""
+    outside = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    return f"{_shown(Path(outside[-1].filename))}:{outside[-1].lineno}" if outside else ""
+
+
 def _told(error: BaseException) -> str:
-    """Return "file:line raised Type: message", from the innermost frame that is neither torch's nor ours."""
+    """Return "file:line raised Type: message"."""
     last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if isinstance(error, SyntaxError) and error.filename:
         return f"{_shown(Path(error.filename))}:{error.lineno} raised {last}"
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if not _is_library(frame.filename)] or frames
-    return f"{_shown(Path(outside[-1].filename))}:{outside[-1].lineno} raised {last}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{place(error) or f'{_shown(Path(frame.filename))}:{frame.lineno}'} raised {last}"
 
 
 def _is_library(filename: str) -> bool:

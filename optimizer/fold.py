@@ -59,7 +59,20 @@ def _foldable(model: Model, node: fx.Node, sites: tuple[Site, ...]) -> Fold | No
         return None
     if site.kind == "linear" and source.meta["val"].ndim != 2:
         return None
+    if not _owns_its_tensors(model, norm, batch_norm) or _is_shared(model, f"{site.module}.bias"):
+        return None
     return Fold(into=site.module, norm=norm) if isinstance(model.weights.get(site.param), Dense) else None
+
+
+def _owns_its_tensors(model: Model, path: str, norm: nn.Module) -> bool:
+    """Return whether a normalization's tensors are stored under its own name and under no other."""
+    own = [f"{path}.{leaf}" for leaf, _ in (*norm.named_parameters(), *norm.named_buffers())]
+    return all(name in model.tensors and not _is_shared(model, name) for name in own)
+
+
+def _is_shared(model: Model, name: str) -> bool:
+    names = model.aliases()
+    return name in names or name in names.values()
 
 
 def _fold(model: Model, fold: Fold) -> Model:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
 
 from .errors import ExportError
 from .model import aliases
@@ -72,6 +73,8 @@ def capture(module: nn.Module, example: tuple[Tensor, ...]) -> Graph:
     try:
         with quiet_export(), torch.no_grad():
             program = torch.export.export(module.eval(), example, strict=False)
+            if any(_writes_into_others(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
     except Exception as error:
         first = str(error).strip().splitlines()
         raise ExportError(
@@ -100,7 +103,7 @@ def from_program(program: torch.export.ExportedProgram, module: nn.Module) -> Gr
         values=values,
         constants=constants,
         inputs=tuple(name for name in signature.user_inputs if isinstance(name, str)),
-        outputs=_outputs(nodes),
+        outputs=_outputs(nodes, program),
         sites=sites,
         program=program,
     )
@@ -171,9 +174,8 @@ class _Finder:
             yield from self._whole(node, node.args[2], "recurrent")
             yield from self._whole(node, node.args[3], "recurrent", operand=1)
         elif node.target in RECURRENT:
-            for param in flat_weights(node):
-                if len(self.shapes.get(self.values.get(param.name, ""), ())) == 2:
-                    yield from self._whole(node, param, "recurrent")
+            for param in _input_and_hidden(node):
+                yield from self._whole(node, param, "recurrent")
 
     def _whole(self, node: fx.Node, weight: Any, kind: SiteKind, operand: int = 0) -> Iterator[Site]:
         param = self.values.get(getattr(weight, "name", ""), "")
@@ -253,6 +255,13 @@ def flat_weights(node: fx.Node) -> list[fx.Node]:
     return [arg for arg in node.args[2] if isinstance(arg, fx.Node)]  # type: ignore[union-attr]
 
 
+def _input_and_hidden(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield W_ih and W_hh of each layer and direction; the projection of an LSTM multiplies what no operator shows."""
+    flat, per_cell = flat_weights(node), int(node.args[4]) * (2 if node.args[7] else 1)  # type: ignore[call-overload]
+    for start in range(0, len(flat), len(flat) // per_cell):
+        yield from flat[start : start + 2]
+
+
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """Return an operator's argument by its schema name, however it was passed."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
@@ -260,7 +269,39 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
 
 
-def _outputs(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node | None, ...]:
+_FRESH = _CONVS | _TRANSPOSED | {
+    aten.linear.default,
+    aten.batch_norm.default,
+    aten.layer_norm.default,
+    aten.group_norm.default,
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.sub.Tensor,
+    aten.cat.default,
+}
+
+
+def _writes_into_others(node: fx.Node) -> bool:
+    """Return whether an operator may change an input, a buffer, a constant or what a view shows.
+
+    An activation in place on what a layer has just made (the usual case) does not, and the graph is kept as it is.
+    """
+    if not _in_place(node):
+        return False
+    changed = node.args[0]
+    while isinstance(changed, fx.Node) and _in_place(changed):
+        changed = changed.args[0]
+    return not (isinstance(changed, fx.Node) and changed.target in _FRESH)
+
+
+def _in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _outputs(nodes: tuple[fx.Node, ...], program: torch.export.ExportedProgram) -> tuple[fx.Node | None, ...]:
+    """Return the outputs that the module's caller gets, without those that stand for changed buffers and inputs."""
     (output,) = nodes[-1].args
     flat = output if isinstance(output, (tuple, list)) else (output,)
-    return tuple(item if isinstance(item, fx.Node) else None for item in flat)
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    wanted = [item for item, kind in zip(flat, kinds, strict=True) if kind == OutputKind.USER_OUTPUT]
+    return tuple(item if isinstance(item, fx.Node) else None for item in wanted)

@@ -47,13 +47,15 @@ class InputSpec:
 
     def sizes(self, example: Tensor) -> dict[str, int]:
         """Return the named dimensions of an example; an InputError where it does not fit."""
-        where = f'input "{self.name}"'
-        if example.ndim != len(self.shape):
-            raise InputError(f"{where}: shape {tuple(example.shape)} does not fit {list(self.shape)}")
-        for size, want in zip(example.shape, self.shape, strict=True):
-            if not isinstance(want, str) and size != want:
-                raise InputError(f"{where}: shape {tuple(example.shape)} does not fit {list(self.shape)}")
-        return {want: size for size, want in zip(example.shape, self.shape, strict=True) if isinstance(want, str)}
+        known: dict[str, int] = {}
+        fits = example.ndim == len(self.shape) and all(
+            size == (known.setdefault(want, size) if isinstance(want, str) else want)
+            for size, want in zip(example.shape, self.shape, strict=True)
+        )
+        if not fits:
+            shape = tuple(example.shape)
+            raise InputError(f'input "{self.name}": shape {shape} does not fit {list(self.shape)}')
+        return known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,10 +154,10 @@ class Model:
 
 
 def from_module(module: nn.Module, inputs: Sequence[InputSpec], source: Source) -> Model:
-    """Return the value of a module whose parameters are real; the module is left as it was."""
+    """Return the value of a module whose parameters are real, copied: training the module goes unseen."""
     params = dict(module.named_parameters())
     values = {**params, **persistent_buffers(module)}
-    tensors = {name: value.detach() for name, value in values.items()}
+    tensors = {name: value.detach().clone() for name, value in values.items()}
     return from_tensors(skeleton_of(module), tensors, inputs, source)
 
 
@@ -183,7 +185,11 @@ def skeleton_of(module: nn.Module) -> nn.Module:
         id(param): nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
         for param in module.parameters()
     }
-    skeleton: nn.Module = copy.deepcopy(module, memo)
+    try:
+        skeleton: nn.Module = copy.deepcopy(module, memo)
+    except RuntimeError as error:
+        fix = "undo torch.nn.utils.weight_norm and the like in the entry (remove_weight_norm)"
+        raise InputError(f"the network cannot be copied: {str(error).splitlines()[0]}", fix=fix) from error
     skeleton.eval()
     return skeleton
 
@@ -200,13 +206,15 @@ def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             if name not in values:
                 raise InputError(f'parameter "{name}" has no value', fix="the module would run on meta tensors")
             _check_shape(name, values[name], old)
-            filled[id(old)] = nn.Parameter(values[name].detach().clone(), requires_grad=_is_float(values[name]))
+            filled[id(old)] = nn.Parameter(values[name].detach().clone(), requires_grad=old.requires_grad)
         setattr(owner, leaf, filled[id(old)])
-    for name, buffer in list(module.named_buffers()):
+    shared: dict[int, Tensor] = {}
+    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
         owner, leaf = _owner(module, name)
-        if name in values and buffer.shape != values[name].shape:
-            _check_shape(name, values[name], buffer)
-        owner._buffers[leaf] = values.get(name, buffer).detach().clone()
+        if id(buffer) not in shared:
+            _check_shape(name, values.get(name, buffer), buffer)
+            shared[id(buffer)] = values.get(name, buffer).detach().clone()
+        owner._buffers[leaf] = shared[id(buffer)]
     stray = [name for name, value in _all_tensors(module) if value.is_meta]
     if stray:
         raise InputError(f'tensor "{stray[0]}" is still on the meta device', fix="register it as a buffer")
@@ -265,12 +273,12 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _all_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Yield parameters, buffers and plain tensor attributes."""
+    """Yield parameters, buffers and plain tensor attributes, those in lists and dictionaries too."""
     yield from _named(module)
     for path, part in module.named_modules():
         for key, value in vars(part).items():
-            if isinstance(value, Tensor):
-                yield f"{path}.{key}".lstrip("."), value
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            yield from ((f"{path}.{key}".lstrip("."), item) for item in held if isinstance(item, Tensor))
 
 
 def _check_shape(name: str, value: Tensor, old: Tensor) -> None:
@@ -278,5 +286,3 @@ def _check_shape(name: str, value: Tensor, old: Tensor) -> None:
         raise InputError(f'"{name}" has shape {tuple(value.shape)}, the architecture wants {tuple(old.shape)}')
 
 
-def _is_float(value: Tensor) -> bool:
-    return value.is_floating_point()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import scipy
 import torch
 
-from . import checkpoint, cost, data, entry, quantize, store
+from . import checkpoint, cost, data, entry, huggingface, quantize, store
 from . import recipe as recipes
-from .errors import Error, RecipeError
+from .errors import Error, ExportError, InfeasibleError, RecipeError, nearest
 from .graph import Graph
 from .model import Model, Source, from_module, from_tensors, skeleton_of
 from .quantize import Decision
 from .recipe import Recipe, Step
 from .walk import trace
-from .workspace import fingerprint
+from .workspace import code_sha256, file_sha256, fingerprint
 
 SCHEMA = "paredown.plan/1"
 Planned: TypeAlias = tuple[Step, tuple[Decision, ...]]
@@ -36,17 +42,19 @@ class Job:
 
 def load(recipe: Recipe) -> Job:
     """Load the model and the calibration data of a recipe, and capture the graph."""
-    model = load_model(recipe)
     if recipe.data is None:
         raise RecipeError("the recipe names no data", where=recipe.name, fix='write data: {entry: "path.py:function"}')
+    model = load_model(recipe)
     spec = recipe.data
     function = entry.resolve(spec.entry, recipe.base)
     offered = {"samples": spec.samples, "seed": spec.seed}
     result = entry.call(function.function, offered, recipe.at("data"), spec.args)
     calibration = data.batches(result, model.inputs, spec.samples)
-    graph = trace(model.module(), calibration.batches[:1]).graph
-    hashes = [tensor for batch in calibration.batches for tensor in batch]
-    mark = fingerprint(torch.__version__, recipe.seed, store.describe(model), *model.values().values(), *hashes)
+    graph = _capture(model, calibration, recipe.at("model"))
+    versions = (code_sha256(), torch.__version__, np.__version__, scipy.__version__)
+    operators = re.sub(r"0x[0-9a-f]+", "", str(graph.program.graph))
+    tensors = [*model.values().values(), *(tensor for batch in calibration.batches for tensor in batch)]
+    mark = fingerprint(versions, recipe.seed, store.describe(model), operators, *tensors)
     return Job(recipe=recipe, model=model, calibration=calibration, graph=graph, fingerprint=mark)
 
 
@@ -60,43 +68,51 @@ def load_model(recipe: Recipe) -> Model:
     path = recipe.path(spec.checkpoint) if spec.checkpoint else None
     if spec.entry:
         source_entry = entry.resolve(spec.entry, recipe.base)
-        module = entry.build_module(source_entry, spec.args)
-        files = source_entry.files
+        module, files = entry.build_module(source_entry, spec.args), source_entry.files
     elif path is not None and path.is_dir():
-        module, files = checkpoint.hf_module(path), ()
+        module, files = huggingface.build(path), huggingface.files(path)
     else:
         raise RecipeError("the model has no entry", where=recipe.at("model"), fix='write entry: "path.py:function"')
-    source = Source(entry=spec.entry, args=spec.args, files=files)
     if path is None:
-        return from_module(module, spec.inputs, source)
+        return from_module(module, spec.inputs, Source(entry=spec.entry, args=spec.args, files=files))
     try:
         values = checkpoint.match(checkpoint.read(path), module)
     except Error as error:
         raise type(error)(error.what, where=error.where or spec.checkpoint, fix=error.fix) from error
+    known = file_sha256(path) if path.is_file() else ""
+    source = Source(entry=spec.entry, args=spec.args, files=files, checkpoint_sha256=known)
     return from_tensors(skeleton_of(module), values, spec.inputs, source)
 
 
 def plan(job: Job) -> list[Planned]:
     """Resolve every step of a recipe for its model."""
-    planned = []
-    taken: dict[str, str] = {}
+    planned: list[Planned] = []
     for step in job.recipe.steps:
+        if step.name != "quantize":
+            what = f'the step "{step.name}" cannot be planned by this version'
+            raise RecipeError(what, where=step.where, fix="use quantize")
         try:
             decisions = quantize.plan(job.model, step.spec, step.extras[0], job.graph)
         except RecipeError as error:
             raise RecipeError(error.what, where=error.where or step.where, fix=error.fix) from error
-        for decision in decisions:
-            if decision.quantizer and decision.layer in taken:
-                layer = quantize.short(decision.layer)
-                raise RecipeError(
-                    f'layer "{layer}" is compressed already by the step at {taken[decision.layer]}',
-                    where=step.where,
-                    fix="name it in one step only, with layers or skip",
-                )
-            if decision.quantizer:
-                taken[decision.layer] = step.where
         planned.append((step, decisions))
+    _check_once(planned)
     return planned
+
+
+def check_strict(planned: Sequence[Planned]) -> None:
+    """Raise InfeasibleError for a layer that a step was asked to compress and keeps dense nevertheless."""
+    for step, decisions in planned:
+        for decision in decisions:
+            name, spec = decision.layer, step.spec
+            wanted = any(quantize.matches(p, name) for p in spec.layers)
+            wanted = wanted and not any(quantize.matches(p, name) for p in spec.skip)
+            if wanted and not decision.quantizer:
+                raise InfeasibleError(
+                    f'layer "{quantize.short(name)}" would stay dense: {decision.reason}',
+                    where=step.where,
+                    fix="name it in skip, or run without --strict",
+                )
 
 
 def plan_data(planned: Sequence[tuple[Step, Sequence[Decision]]]) -> dict[str, Any]:
@@ -107,24 +123,24 @@ def plan_data(planned: Sequence[tuple[Step, Sequence[Decision]]]) -> dict[str, A
 
 def replay(path: Path, job: Job) -> list[Planned]:
     """Read plan.yaml for a recipe's steps; a RecipeError where it does not fit them or the model."""
+    where = str(path)
     found = recipes.read_data(path)
-    steps = found.get("steps", []) if isinstance(found, Mapping) else []
-    names = [next(iter(item), "") if isinstance(item, Mapping) else "" for item in steps]
+    schema = found.get("schema") if isinstance(found, Mapping) else None
+    if schema != SCHEMA:
+        raise RecipeError(f'schema is "{schema}", not "{SCHEMA}"', where=where, fix="name a plan.yaml of optimize")
+    steps = found.get("steps") or ()
+    items = steps if isinstance(steps, Sequence) and not isinstance(steps, str) else ()
+    names = [next(iter(item), "") if isinstance(item, Mapping) else "" for item in items]
     if names != [step.name for step in job.recipe.steps]:
-        raise RecipeError(
-            f"it plans {names or 'nothing'}, the recipe has {[s.name for s in job.recipe.steps]}",
-            where=str(path),
-            fix="use the plan of this recipe",
-        )
-    planned = []
-    for step, item in zip(job.recipe.steps, steps, strict=True):
-        layers = item[step.name]
-        for layer in layers:
-            if layer not in job.model.weights:
-                raise RecipeError(
-                    f'the model has no layer "{layer}"', where=str(path), fix="use the plan of this model"
-                )
-        planned.append((step, tuple(quantize.restore(layer, fields) for layer, fields in layers.items())))
+        have, want = ", ".join(map(str, names)) or "nothing", ", ".join(s.name for s in job.recipe.steps) or "nothing"
+        raise RecipeError(f"it plans {have}, the recipe {want}", where=where, fix="use the plan of this recipe")
+    try:
+        pairs = zip(job.recipe.steps, items, strict=True)
+        planned = [(step, _replayed(item[step.name], job.model)) for step, item in pairs]
+    except RecipeError as error:
+        where = f"{path}, {error.where}" if error.where else where
+        raise RecipeError(error.what, where=where, fix=error.fix) from error
+    _check_once(planned)
     return planned
 
 
@@ -153,3 +169,50 @@ def forecast(job: Job, planned: Sequence[Planned]) -> str:
         f"about {max(1, round(guess.seconds))} s and {guess.peak_bytes / 2**20:.0f} MiB for the steps; "
         "nothing was written"
     )
+
+
+def _replayed(layers: Any, model: Model) -> tuple[Decision, ...]:
+    by_hand = 'write {keep: "by hand"} to leave it dense'
+    layers = layers if isinstance(layers, Mapping) else {}
+    for layer in layers:
+        if layer not in model.weights:
+            raise RecipeError(f'the model has no layer "{layer}"', fix=nearest(str(layer), model.weights))
+        if not isinstance(layers[layer], Mapping):
+            raise RecipeError(f'layer "{layer}" is planned without keys', fix=by_hand)
+    absent = next((layer for layer in model.weights if layer not in layers), None)
+    if absent:
+        raise RecipeError(f'it says nothing about layer "{absent}"', fix=by_hand)
+    return tuple(quantize.restore(layer, fields) for layer, fields in layers.items())
+
+
+def _check_once(planned: Sequence[Planned]) -> None:
+    """Raise RecipeError where two steps compress one layer."""
+    taken: dict[str, str] = {}
+    for step, decisions in planned:
+        for decision in decisions:
+            if decision.quantizer and decision.layer in taken:
+                raise RecipeError(
+                    f'layer "{quantize.short(decision.layer)}" is compressed already by the step at '
+                    f"{taken[decision.layer]}",
+                    where=step.where,
+                    fix="name it in one step only, with layers or skip",
+                )
+            if decision.quantizer:
+                taken[decision.layer] = step.where
+
+
+def _capture(model: Model, calibration: data.Calibration, where: str) -> Graph:
+    """Capture the graph on the first batch, without what torch prints; a failure names the line of the network."""
+    quiet = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return trace(model.module(), calibration.batches[:1]).graph
+    except ExportError as error:
+        place = entry.place(error.__cause__) if error.__cause__ else ""
+        what = error.what.strip().rstrip(".")
+        if "data-dependent" in what:
+            what = "the network cannot be captured: it branches in Python on the values of a tensor"
+        raise ExportError(what, where=place or where, fix=error.fix) from error
+    finally:
+        logging.disable(quiet)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_EVERY_SECONDS = 2.0
@@ -31,7 +32,7 @@ class Reporter:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
-            self._bar.add_task(label, total=None)
+            self._bar.add_task(escape(label), total=None)
         else:
             self.console.print(f"{label} ...", highlight=False, markup=False)
 
@@ -39,7 +40,7 @@ class Reporter:
         """Say how far the stage is."""
         if self._bar is not None:
             text = f"{self._label}: {detail}" if detail else self._label
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=text)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=escape(text))
         elif self.clock() - self._printed >= LINE_EVERY_SECONDS and self.clock() - self._started >= LINE_EVERY_SECONDS:
             self._printed = self.clock()
             self.console.print(f"  {self._line(done, total)} {detail}".rstrip(), highlight=False, markup=False)
@@ -49,7 +50,7 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-            self.console.print(f"{self._label} [dim]{self.clock() - self._started:.1f} s[/dim]", highlight=False)
+            self.console.print(f"{escape(self._label)} [dim]{self.clock() - self._started:.1f} s[/dim]", highlight=False)
         self._label = ""
 
     def _line(self, done: float, total: float) -> str:

@@ -35,6 +35,7 @@ class Spec:
     """What to quantize. Every field of the quantizer's own Spec may stand beside these.
 
     layers, skip, override: globs over layer names ("layer3.*", "*.fc"); override maps a glob to changed fields.
+    feedback: what the quantizer's own `feedback` is where nobody says (compensate each column's error in later ones).
     fold_norm: fold batch normalization first. correct_bias: match each layer's mean output to the original's.
     reestimate: match the spread of folded normalizations too. Both corrections are kept only where the part
     `held_out` of the calibration data, which nothing else sees, has a smaller output error with them.
@@ -44,6 +45,7 @@ class Spec:
     layers: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
     override: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    feedback: bool = True
     fold_norm: bool = True
     correct_bias: bool = True
     reestimate: bool = True

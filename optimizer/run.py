@@ -7,32 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
+from rich.console import Console
 from torch import Tensor, nn
 
 from . import entry, planning, quantize, report, store, summary, workspace
 from . import recipe as recipes
 from .errors import AccuracyError, Error, ExportError, InputError, RecipeError, RuntimeMissingError, nearest
-from .graph import Graph
 from .metric import Metric, drop, evaluate
 from .model import Model
 from .planning import Job, Planned
 from .progress import Reporter
-from .quantize import LayerResult
+from .quantize import Decision, LayerResult
 from .recipe import Recipe
 from .verdict import is_slower
 from .walk import trace
 from .workspace import Workspace, fingerprint
 
-TARGETS = ("onnx",)
+TARGETS, RUNTIMES, SCENARIOS = ("onnx",), ("onnxruntime",), ("edge",)
+RESUME = "the layers that are finished are kept for --resume"
 FOLDED = "a folded codebook runs at the speed of floats until low-bit kernels are registered"
 """Why a compressed file is no faster in a runtime without our kernels: it decodes weights once, when loading."""
 
@@ -49,22 +53,59 @@ class Options:
     command: str = ""
 
 
-def run(recipe: Recipe, options: Options, reporter: Reporter) -> dict[str, Any]:
+def run(recipe: Recipe, options: Options, reporter: Reporter | None = None) -> dict[str, Any]:
     """Run a recipe into `options.out` and return the report.
 
     Raises AccuracyError or ExportError where a gate fails; then `<out>.failed` holds what was made, for inspection.
     On any other error nothing is left but a cache, if there is something in it that `resume` can use.
     """
+    reporter = reporter or Reporter(console=Console(quiet=True))
+    check(recipe)
     torch.manual_seed(recipe.seed)
     work = workspace.open_workspace(options.out, resume=options.resume, force=options.force)
     try:
         with workspace.disk_errors(work.out):
             return _Run(recipe=recipe, options=options, reporter=reporter, work=work).all()
-    except Error:
+    except Error as error:
+        if not work.discard_unless_costly():
+            raise
+        fix = "; ".join(part for part in (error.fix, RESUME) if part)
+        raise type(error)(error.what, where=error.where, fix=fix) from error
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(RESUME if work.discard_unless_costly() else "") from error
+    except BaseException:
         work.discard_unless_costly()
         raise
     finally:
         reporter.close()
+        work.close()
+
+
+def check(recipe: Recipe) -> None:
+    """Raise for what cannot work whatever the model is, before anything takes time."""
+    for target in recipe.export:
+        exporter(target, recipe.at("export"))
+    if recipe.gates.max_drop is not None and recipe.metric is None:
+        fix = 'write metric: {entry: "path.py:function"}'
+        raise RecipeError("max_drop needs a metric", where=recipe.at("gates"), fix=fix)
+    bench, where = recipe.bench, recipe.at("bench")
+    if bench is None:
+        return
+    if not recipe.export:
+        raise RecipeError("there is no file to measure", where=where, fix="write export: [onnx]")
+    if bench.scenario not in SCENARIOS:
+        what = f'there is no scenario "{bench.scenario}" in this version'
+        raise RecipeError(what, where=where, fix=nearest(bench.scenario, SCENARIOS))
+    if bench.runtime not in RUNTIMES:
+        what = f'there is no runtime "{bench.runtime}" in this version'
+        raise RuntimeMissingError(what, where=where, fix=nearest(bench.runtime, RUNTIMES))
+    if bench.device:
+        raise RuntimeMissingError(f'the device "{bench.device}" cannot be reached by this version', where=where)
+    first = recipe.model.inputs[0] if recipe.model and recipe.model.inputs else None
+    fixed = first.shape[0] if first and first.shape else ""
+    if isinstance(fixed, int) and bench.batch != (fixed,):
+        what = f"batch {list(bench.batch)} does not fit the inputs, which fix it at {fixed}"
+        raise RecipeError(what, where=where, fix=f"write batch: [{fixed}], or name the dimension")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,13 +117,13 @@ class _Run:
 
     def all(self) -> dict[str, Any]:
         started = time.monotonic()
-        for target in self.recipe.export:
-            exporter(target, self.recipe.at("export"))
         self.reporter.stage("load checkpoint and calibration data")
         job = planning.load(self.recipe)
-        planned = planning.replay(self.options.plan, job) if self.options.plan else planning.plan(job)
+        planned = _planned(job, self.options)
         self._write_texts(planned)
-        before = self._metric("measure the original", job.model.module(), job.fingerprint + "-baseline")
+        if self.recipe.bench is not None:  # before the steps, so that an operator without a form stops it at once
+            self._export("export the original to compare with", job.model, self.recipe.export[0], "baseline")
+        before = self._metric("measure the original", job.model.module(), job.fingerprint)
         model, steps, layers, notes = self._steps(job, planned)
         self.reporter.stage("write the model")
         store.save(model, self.work.folder)
@@ -111,7 +152,7 @@ class _Run:
         layers: list[LayerResult] = []
         notes: list[dict[str, Any]] = []
         for index, (step, decisions) in enumerate(planned):
-            mark = fingerprint(mark, step.spec, [quantize.describe(d) for d in decisions])
+            mark = fingerprint(mark, step.spec, [quantize.describe(d) for d in decisions], _foreign_code(decisions))
             self.reporter.stage(f"{step.name} ({index + 1} of {len(planned)})")
             model, done = self._step(job, model, mark, (step, decisions))
             rows.append({"step": step.name, "spec": recipes.show_step(step), **done["row"]})
@@ -139,19 +180,25 @@ class _Run:
         self.work.put_model(mark, result.model, done)
         return result.model, done
 
-    def _metric(self, label: str, model: Any, mark: str) -> Metric | None:
+    def _metric(self, label: str, model: nn.Module, subject: str) -> Metric | None:
+        """Measure a model; `subject` is the fingerprint of what is measured, for a resumed run to know it by."""
         spec = self.recipe.metric
         if spec is None:
             return None
+        function, name = entry.resolve(spec.entry, self.recipe.base), spec.entry.rpartition(":")[2]
+        mark = fingerprint("metric", subject, spec, function.code)
         known = self.work.get_json(mark)
-        if known is None:
-            self.reporter.stage(label)
-            function = entry.resolve(spec.entry, self.recipe.base)
-            with torch.no_grad():
-                result = entry.call(function.function, {"model": model}, self.recipe.at("metric"), spec.args)
-            known = np.asarray(result, dtype=np.float64).tolist()
-            self.work.put_json(mark, known)
-        return evaluate(np.asarray(known), spec.entry.rpartition(":")[2])
+        if known is not None:
+            return evaluate(known, name)
+        self.reporter.stage(label)
+        with torch.no_grad():
+            result = entry.call(function.function, {"model": model}, self.recipe.at("metric"), spec.args)
+        try:
+            found = evaluate(result, name)
+        except InputError as error:
+            raise InputError(error.what, where=f'metric "{spec.entry}"', fix=error.fix) from error
+        self.work.put_json(mark, found.value if found.scores is None else found.scores.tolist())
+        return found
 
     def _artifacts(self, job: Job, model: Model, before: Metric | None, parts: dict[str, Any]) -> Error | None:
         """Export, verify, measure; fill the rest of the report; return the gate that failed."""
@@ -159,25 +206,30 @@ class _Run:
         paths = []
         parts["verify"], after = [], None
         for target in self.recipe.export:
-            target_module = exporter(target)
-            path = self.work.folder / f"model{target_module.suffix}"
-            self.reporter.stage(f"export to {target}")
-            target_module.export(model, path, target_module.Options())
-            paths.append(path)
+            paths.append(self._export(f"export to {target}", model, target, "model"))
             if self.recipe.gates.verify:
-                self.reporter.stage(f"verify {path.name}")
-                failure = failure or self._verify(target_module, model, path, parts)
+                self.reporter.stage(f"verify {paths[-1].name}")
+                failure = failure or self._verify(exporter(target), model, paths[-1], parts)
         if paths and failure is None:
-            runner = as_module(exporter(self.recipe.export[0]).open(paths[0]), job.graph)
-            after = self._metric(f"measure {paths[0].name}", runner, "")
+            runner = as_module(exporter(self.recipe.export[0]).open(paths[0]), job)
+            after = self._metric(f"measure {paths[0].name}", runner, _file_mark(paths[0]))
         elif failure is None:
-            after = self._metric("measure the result", model.module(), "")
+            mark = _file_mark(self.work.folder / "model.safetensors")
+            after = self._metric("measure the result", model.module(), mark)
         graph = trace(model.module(), job.calibration.batches[:1]).graph
         final = summary.sizes(model, graph, after, self.recipe.seed)
         parts["final"] = final | {"bits_per_weight": summary.bits_per_weight(model)} | self._drop(before, after)
         if paths and self.recipe.bench is not None and failure is None:
-            self._bench(job, paths[0], parts)
+            self._bench(paths[0], parts)
         return failure or self._gate(before, after)
+
+    def _export(self, label: str, model: Model, target: str, name: str) -> Path:
+        """Write `<name>.<suffix of the target>` into the folder and return it."""
+        self.reporter.stage(label)
+        module = exporter(target)
+        path = self.work.folder / f"{name}{module.suffix}"
+        module.export(model, path, module.Options())
+        return path
 
     def _verify(self, target: Any, model: Model, path: Path, parts: dict[str, Any]) -> Error | None:
         from ..exporters import verify
@@ -198,10 +250,8 @@ class _Run:
 
     def _gate(self, before: Metric | None, after: Metric | None) -> Error | None:
         limit = self.recipe.gates.max_drop
-        if limit is None:
+        if limit is None or before is None or after is None:
             return None
-        if before is None or after is None:
-            raise RecipeError("gates.max_drop needs a metric", where=self.recipe.at("gates"), fix="write metric:")
         lost = drop(before, after, self.recipe.seed)
         if lost.value <= limit:
             return None
@@ -211,14 +261,12 @@ class _Run:
             fix="use more bits, or keep the worst layers of the report dense with skip",
         )
 
-    def _bench(self, job: Job, path: Path, parts: dict[str, Any]) -> None:
+    def _bench(self, path: Path, parts: dict[str, Any]) -> None:
         from ..bench import compare, edge
 
         assert self.recipe.bench is not None
         target = exporter(self.recipe.export[0])
-        original = self.work.folder / f"baseline{target.suffix}"
-        self.reporter.stage("export the original to compare with")
-        target.export(job.model, original, target.Options())
+        original = path.with_stem("baseline")
         self.reporter.stage("benchmark")
         bench = self.recipe.bench
         spec = edge.Spec(batch=bench.batch, threads=bench.threads, runtime=bench.runtime, seed=self.recipe.seed)
@@ -243,22 +291,45 @@ class _Run:
 
 
 class _RunnerModule(nn.Module):
-    """A runner that is called like the network it came from."""
+    """A runner that is called like the network it came from: positionally, or by the names of its arguments."""
 
-    def __init__(self, runner: Any, graph: Graph) -> None:
+    def __init__(self, runner: Any, job: Job) -> None:
         super().__init__()
-        self.runner, self.graph = runner, graph
+        self.runner, self.graph = runner, job.graph
+        self.names = [spec.name for spec in job.model.inputs]
+        self.signature = inspect.signature(job.model.skeleton.forward)
 
-    def forward(self, *inputs: Tensor) -> Any:
-        feeds = {spec.name: x.numpy(force=True) for spec, x in zip(self.runner.inputs, inputs, strict=True)}
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        given = self.signature.bind(*inputs, **named).arguments.values() if named else inputs
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        feeds = {name: x.numpy(force=True) for name, x in zip(self.names, tensors, strict=True)}
         found = iter(self.runner.run(feeds).values())
         flat = [None if node is None else torch.from_numpy(np.array(next(found))) for node in self.graph.outputs]
         return pytree.tree_unflatten(flat, self.graph.program.call_spec.out_spec)
 
 
-def as_module(runner: Any, graph: Graph) -> nn.Module:
+def as_module(runner: Any, job: Job) -> nn.Module:
     """Return an opened artifact as a module with the inputs and the output structure of the original."""
-    return _RunnerModule(runner, graph).eval()
+    return _RunnerModule(runner, job).eval()
+
+
+def _planned(job: Job, options: Options) -> list[Planned]:
+    planned = planning.replay(options.plan, job) if options.plan else planning.plan(job)
+    if options.strict:
+        planning.check_strict(planned)
+    return planned
+
+
+def _foreign_code(decisions: Sequence[Decision]) -> list[str]:
+    """Return the source of quantizers that are not ours, which `code_sha256` does not cover."""
+    names = sorted({decision.quantizer for decision in decisions if "." in decision.quantizer})
+    return [inspect.getsource(cast(ModuleType, quantize.quantizer_module(name))) for name in names]
+
+
+def _file_mark(path: Path) -> str:
+    """Return the hash of a file and of the external weights beside it."""
+    beside = path.with_name(f"{path.name}.data")
+    return "-".join(workspace.file_sha256(part) for part in (path, beside) if part.is_file())
 
 
 def exporter(target: str, where: str = "") -> Any:
@@ -276,20 +347,26 @@ def _environment() -> dict[str, Any]:
 
 def dry_run(recipe: Recipe, options: Options) -> str:
     """Return the plan and what it will cost, writing nothing."""
+    check(recipe)
     job = planning.load(recipe)
-    planned = planning.replay(options.plan, job) if options.plan else planning.plan(job)
-    return planning.forecast(job, planned)
+    return planning.forecast(job, _planned(job, options))
 
 
 def export(folder: Path, target: str, out: Path | None, *, force: bool) -> Path:
-    """Lower the stored model of an output folder and return the file."""
-    module = exporter(target)
+    """Lower the stored model of an output folder and return the file, which appears only when it is whole."""
+    module = exporter(target, "--target")
     path = out or folder / f"model{module.suffix}"
     if path.exists() and not force:
         raise RecipeError(f'the file "{path.name}" exists already', fix="use --force or another --out")
     model = store.load(folder)
-    with workspace.disk_errors(path):
-        module.export(model, path, module.Options())
+    if path.is_dir() or not path.parent.is_dir():
+        what = f'"{path}" is a folder' if path.is_dir() else f'the folder "{path.parent}" does not exist'
+        raise RecipeError(what, where="--out", fix="name a file to write")
+    with workspace.disk_errors(path), tempfile.TemporaryDirectory(prefix=".paredown-", dir=path.parent) as made:
+        module.export(model, Path(made) / path.name, module.Options())
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+        for file in sorted(Path(made).iterdir(), reverse=True):  # external weights first
+            file.replace(path.parent / file.name)
     return path
 
 
@@ -297,8 +374,9 @@ def verify(folder: Path, runtime: str) -> list[str]:
     """Compare the exported artifact of a folder with its stored model; return a line per batch size."""
     from ..exporters import verify as comparison
 
-    if runtime != "onnxruntime":
-        raise RuntimeMissingError(f'there is no runtime "{runtime}" in this version', fix="use onnxruntime")
+    if runtime not in RUNTIMES:
+        what = f'there is no runtime "{runtime}" in this version'
+        raise RuntimeMissingError(what, where="--runtime", fix=nearest(runtime, RUNTIMES))
     path = folder / "model.onnx"
     model = store.load(folder)
     if not path.is_file():

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from .errors import InputError
 from .graph import Site
 from .walk import Reader, Traced, Visitor, walk
 
@@ -68,7 +69,8 @@ def observe(reader: Reader, needs: frozenset[str]) -> LayerStats:
         if "gram" in needs:
             part = wide.mT @ wide
             gram = part if gram is None else gram + part
-        total = wide.sum(1) if total is None else total + wide.sum(1)
+        if "mean" in needs:
+            total = wide.sum(1) if total is None else total + wide.sum(1)
     return LayerStats(rows=rows, gram=gram, mean=None if total is None else total / max(rows, 1))
 
 
@@ -81,12 +83,22 @@ def merge(parts: list[tuple[Site, LayerStats]]) -> LayerStats:
         return LayerStats(rows=sum(s.rows for s in counts), row_counts=summed)
     if len(used) == 1:
         return used[0][1]
-    if all(site.first == 0 and site.count == used[0][0].count for site, _ in used):
+    if all((site.first, site.count, site.layout) == (0, used[0][0].count, used[0][0].layout) for site, _ in used):
         return _total([stats for _, stats in used])
-    run = math.gcd(*(number for site, _ in used for number in (site.first, site.count)))
-    out = max(site.first + site.count for site, _ in used)
+    if len({site.layout for site, _ in used}) > 1:
+        raise InputError(
+            "is used in two orientations and has no one set of inputs", where=f'"{used[0][0].param}"', fix="skip it"
+        )
+    out = rows_in(used[0][0])
+    run = math.gcd(out, *(number for site, _ in used for number in (site.first, site.count)))
     groups = out // run if out // run <= MAX_ROW_GROUPS else 1
     return _spread(used, groups, out)
+
+
+def rows_in(site: Site) -> int:
+    """Return the rows of the whole matrix of a site's parameter, those that the site does not use included."""
+    layout = site.layout
+    return layout.shape[1] * layout.groups if layout.kind in ("matrix_t", "conv_transpose") else layout.shape[0]
 
 
 def _total(parts: list[LayerStats]) -> LayerStats:

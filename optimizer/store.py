@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import surgery
+from . import huggingface, surgery
 from .checkpoint import read_safetensors
 from .entry import build_module, resolve_from_files
 from .errors import InputError
@@ -30,10 +30,11 @@ def save(model: Model, folder: Path) -> None:
     """Write a model; the same value gives the same bytes. The folder must exist."""
     save_file(_stored(model), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.json").write_text(json.dumps(describe(model), indent=1, sort_keys=True) + "\n")
-    source = folder / "source"
-    source.mkdir(exist_ok=True)
+    (folder / "source").mkdir(exist_ok=True)
     for file in model.source.files:
-        (source / file.name).write_text(file.text)
+        path = _within(folder, file.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(file.text, encoding="utf-8", newline="")
 
 
 def load(folder: str | Path) -> Model:
@@ -49,15 +50,19 @@ def load(folder: str | Path) -> Model:
             where=str(folder / "model.json"),
             fix="run optimize again",
         )
-    source = _source(folder, data)
-    module = build_module(resolve_from_files(source.entry, source.files), source.args)
-    skeleton = surgery.apply(skeleton_of(module), data["edits"])
     tensors = read_safetensors(folder / "model.safetensors")
     try:
+        source = _source(folder, data)
+        module = _build(source, folder)
+        skeleton = surgery.apply(skeleton_of(module), data["edits"])
         return _assemble(data, tensors, skeleton, source)
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError as error:
+        raise InputError(error.what, where=error.where or str(folder / "model.json"), fix=error.fix) from error
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(
-            f"does not fit model.safetensors: {error}", where=str(folder / "model.json"), fix="copy the folder again"
+            f"does not fit model.safetensors: {type(error).__name__} {error}",
+            where=str(folder / "model.json"),
+            fix="copy the folder again",
         ) from error
 
 
@@ -109,6 +114,8 @@ def _assemble(
         else:
             own = {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
             weights[name] = rebuild(meta, own)
+        if layout.to_matrix(torch.empty(layout.shape, device="meta")).shape != weights[name].shape:
+            raise ValueError(f"{name} of shape {weights[name].shape} is no parameter {layout.shape}")
     return Model(
         skeleton=skeleton,
         weights=weights,
@@ -124,17 +131,31 @@ def _assemble(
 def _source(folder: Path, data: Mapping[str, Any]) -> Source:
     files = []
     for entry in data["files"]:
-        name = Path(entry["name"]).name
-        path = folder / "source" / name
+        path = _within(folder, entry["name"])
         if not path.is_file():
             raise InputError("is missing", where=str(path), fix="copy the whole folder")
-        file = SourceFile(name=name, text=path.read_text())
+        file = SourceFile(name=entry["name"], text=path.read_bytes().decode("utf-8", errors="replace"))
         if file.sha256 != entry["sha256"]:
             raise InputError("was changed after it was saved", where=str(path), fix="restore it or run optimize again")
         files.append(file)
     return Source(
         entry=data["entry"], args=data["args"], files=tuple(files), checkpoint_sha256=data["checkpoint_sha256"]
     )
+
+
+def _build(source: Source, folder: Path) -> torch.nn.Module:
+    """Return the network that the entry builds, or the kept config.json of a Hugging Face folder."""
+    if not source.entry:
+        return huggingface.build(folder / "source")
+    return build_module(resolve_from_files(source.entry, source.files), source.args)
+
+
+def _within(folder: Path, name: str) -> Path:
+    """Return the path of a source file; an InputError where its name would leave the folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or set(name) & {"\\", ":", "\0"} or PurePosixPath(name).is_absolute():
+        raise InputError(f'source file "{name}" would lie outside the folder', where=str(folder / "model.json"))
+    return folder.joinpath("source", *parts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

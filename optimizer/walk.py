@@ -1,4 +1,4 @@
-"""Run a network's graph over all calibration batches in lockstep, one operator at a time.
+"""Run a network's graph over all calibration batches in lockstep, from one use of a weight to the next.
 
 At each site every batch stands at the same operator, so the visitor sees the statistics of all of them, may replace the
 weight, and the walk goes on with the replaced one: one pass through the network quantizes it sequentially. Memory is
@@ -7,8 +7,10 @@ bounded by the activations that are alive at one operator.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -29,26 +31,30 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reader:
-    """The inputs of one site, batch by batch, and the rows that its weight multiplies."""
+    """The inputs of one site, batch by batch, and the rows that its weight multiplies; `nodes` holds each batch's call."""
 
     site: Site
-    node: fx.Node
+    nodes: Sequence[fx.Node]
     inputs: Inputs
 
     def rows(self) -> Iterator[Float[Tensor, "groups rows in"]]:
         """Yield the rows of all batches in pieces of bounded size."""
-        for value in self.inputs():
+        for node, value in zip(self.nodes, self.inputs(), strict=True):
             taps = max(1, self._columns() // max(1, value.shape[1] if value.ndim > 1 else 1))
             per_item = max(1, value[:1].numel() * value.element_size() * taps)
-            for piece in torch.split(value, max(1, CHUNK_BYTES // per_item)) if value.ndim > 2 else (value,):
-                yield rows_of(self.site, self.node, piece)
+            for piece in torch.split(value, max(1, CHUNK_BYTES // per_item)) if self._batched(value) else (value,):
+                yield rows_of(self.site, node, piece)
+
+    def _batched(self, value: Tensor) -> bool:
+        """Return whether the first dimension may be cut; a convolution's input may come without a batch."""
+        return value.ndim > 2 and (self.site.kind not in ("conv", "conv_transpose") or value.ndim == len(self._shape))
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.site.layout.shape
 
     def _columns(self) -> int:
-        shape = self.site.layout.shape
-        size = 1
-        for extent in shape[1:]:
-            size *= extent
-        return size
+        return math.prod(self._shape[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,7 +71,7 @@ class Visitor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Traced:
-    """Batches and the graph that each was captured with; all graphs list the same operators."""
+    """Batches and the graph that each was captured with; all graphs use the same weights in the same order."""
 
     graphs: tuple[Graph, ...]
     batches: tuple[Batch, ...]
@@ -82,7 +88,7 @@ class Traced:
 def trace(module: nn.Module, batches: Sequence[Batch]) -> Traced:
     """Capture a module once for each shape that the batches have.
 
-    Raises InputError where two shapes give graphs of different operators.
+    Raises InputError where two shapes use different weights, or in a different order.
     """
     known: dict[Any, Graph] = {}
     for batch in batches:
@@ -100,15 +106,21 @@ def walk(traced: Traced, values: Mapping[str, Tensor], visitor: Visitor | None =
 
     values: parameters and buffers by canonical name; the mapping is not changed.
     """
-    slots = [_Slot(graph=graph, env={}) for graph in traced.graphs]
-    return _Walk(slots=slots, values=dict(values), visitor=visitor or Visitor()).run(traced.batches)
+    last = {id(graph): _last_uses(graph.nodes) for graph in traced.graphs}
+    pairs = zip(traced.graphs, traced.batches, strict=True)
+    slots = [_Slot(graph=graph, batch=batch, last=last[id(graph)]) for graph, batch in pairs]
+    return _Walk(slots=slots, values=dict(values), visitor=visitor or Visitor()).run()
 
 
 def _check_same(one: Graph, other: Graph) -> None:
-    if [(n.name, n.target) for n in one.nodes] != [(n.name, n.target) for n in other.nodes]:
-        raise InputError(
-            "calibration batches of different shapes run different operators", fix="give batches of one shape"
-        )
+    if _uses(one) != _uses(other):
+        raise InputError("calibration batches of different shapes use different weights", fix="give batches of one shape")
+
+
+def _uses(graph: Graph) -> list[Any]:
+    """Return what the operators with sites do, in order and without their names."""
+    found = [graph.sites[node.name] for node in graph.nodes if node.name in graph.sites]
+    return [[(s.param, s.kind, s.operand, s.layout, s.first, s.count) for s in sites] for sites in found]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,55 +128,79 @@ class _Slot:
     """One batch on its way: node name -> value, for the values that are still needed."""
 
     graph: Graph
-    env: dict[str, Any]
+    batch: Batch
+    last: Mapping[str, Sequence[str]]
+    env: dict[str, Any] = field(default_factory=dict)
+
+    def stops(self) -> list[int]:
+        """Return the places of the operators with sites."""
+        return [index for index, node in enumerate(self.graph.nodes) if node.name in self.graph.sites]
+
+    def free(self, node: fx.Node) -> None:
+        for dead in self.last.get(node.name, ()):
+            self.env.pop(dead, None)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Walk:
+    """Batches walk alone from one operator with sites to the next, where each waits for all others.
+
+    Between them the operators may differ (`contiguous` of a batch of one leaves no trace in a graph).
+    """
+
     slots: list[_Slot]
     values: dict[str, Tensor]
     visitor: Visitor
 
-    def run(self, batches: Sequence[Batch]) -> list[tuple[Any, ...]]:
-        graph = self.slots[0].graph
-        last = _last_uses(graph.nodes)
-        for index, node in enumerate(graph.nodes):
-            if node.op == "placeholder" and node.name in graph.inputs:
-                position = graph.inputs.index(node.name)
-                for slot, batch in zip(self.slots, batches, strict=True):
-                    slot.env[node.name] = batch[position]
-            elif node.op == "call_function" and node.target not in _ASSERTIONS:
-                self._call(index, node)
-            for dead in last.get(node.name, ()):
-                for slot in self.slots:
-                    slot.env.pop(dead, None)
+    def run(self) -> list[tuple[Any, ...]]:
+        starts = [0] * len(self.slots)
+        for places in zip(*(slot.stops() for slot in self.slots), strict=True):
+            for slot, start, place in zip(self.slots, starts, places, strict=True):
+                self._advance(slot, slot.graph.nodes[start:place])
+            self._call([slot.graph.nodes[place] for slot, place in zip(self.slots, places, strict=True)])
+            starts = [place + 1 for place in places]
+        for slot, start in zip(self.slots, starts, strict=True):
+            self._advance(slot, slot.graph.nodes[start:])
         return [tuple(self._value(node, slot) for node in slot.graph.outputs) for slot in self.slots]
 
-    def _call(self, index: int, node: fx.Node) -> None:
-        if not any(used.name in self.slots[0].env for used in node.all_input_nodes):
-            return
-        sites = self.slots[0].graph.sites.get(node.name, ())
-        if self.visitor.before is not None and sites:
-            self._before(index, node, sites)
-        outputs = [self._run(slot.graph.nodes[index], slot) for slot in self.slots]
-        if self.visitor.after is not None and len(sites) == 1:
-            outputs = list(self.visitor.after(sites[0], node, outputs) or outputs)
-        for slot, output in zip(self.slots, outputs, strict=True):
-            slot.env[node.name] = output
+    def _advance(self, slot: _Slot, nodes: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            if node.op == "placeholder" and node.name in slot.graph.inputs:
+                slot.env[node.name] = slot.batch[slot.graph.inputs.index(node.name)]
+            elif node.op == "call_function" and node.target not in _ASSERTIONS:
+                if any(used.name in slot.env for used in node.all_input_nodes):
+                    slot.env[node.name] = self._run(node, slot)
+            slot.free(node)
 
-    def _before(self, index: int, node: fx.Node, sites: Sequence[Site]) -> None:
-        if node.target in RECURRENT:
-            return self._visit_recurrent(index, node)
+    def _call(self, nodes: Sequence[fx.Node]) -> None:
+        sites = self.slots[0].graph.sites[nodes[0].name]
+        if self.visitor.before is not None:
+            self._before(nodes, sites)
+        outputs = [self._run(node, slot) for node, slot in zip(nodes, self.slots, strict=True)]
+        if self.visitor.after is not None and len(sites) == 1:
+            outputs = list(self.visitor.after(sites[0], nodes[0], outputs) or outputs)
+        for node, slot, output in zip(nodes, self.slots, outputs, strict=True):
+            slot.env[node.name] = output
+            slot.free(node)
+
+    def _before(self, nodes: Sequence[fx.Node], sites: Sequence[Site]) -> None:
+        if nodes[0].target in RECURRENT:
+            return self._visit_recurrent(nodes)
         for site in sites:
-            self._visit_site(site, node, self._operand(index, site.operand))
+            self._visit_site(site, nodes, self._operand(nodes, site.operand))
         return None
 
-    def _operand(self, index: int, operand: int) -> Inputs:
-        return lambda: (self._value(slot.graph.nodes[index].args[operand], slot) for slot in self.slots)
+    def _operand(self, nodes: Sequence[fx.Node], operand: int) -> Inputs:
+        def inputs() -> Iterator[Tensor]:
+            for node, slot in zip(nodes, self.slots, strict=True):
+                value = self._value(node.args[operand], slot)
+                yield value[0] if isinstance(value, list) else value  # an LSTM cell gets [hidden, cell]
 
-    def _visit_site(self, site: Site, node: fx.Node, inputs: Inputs) -> None:
+        return inputs
+
+    def _visit_site(self, site: Site, nodes: Sequence[fx.Node], inputs: Inputs) -> None:
         assert self.visitor.before is not None
-        changed = self.visitor.before(site, Reader(site=site, node=node, inputs=inputs))
+        changed = self.visitor.before(site, Reader(site=site, nodes=nodes, inputs=inputs))
         if changed is not None:
             self.values[site.param] = changed
 
@@ -185,27 +221,29 @@ class _Walk:
             return self.values[slot.graph.values[node.name]]
         return self._run(node, slot)
 
-    def _visit_recurrent(self, index: int, node: fx.Node) -> None:
+    def _visit_recurrent(self, nodes: Sequence[fx.Node]) -> None:
         """Visit a recurrent operator layer by layer: inputs x for W_ih, previous hidden states for W_hh."""
-        plan = _Recurrent.of(node)
-        sites = {site.param: site for site in self.slots[0].graph.sites.get(node.name, ())}
-        nodes = [slot.graph.nodes[index] for slot in self.slots]
+        plan = _Recurrent.of(nodes[0])
+        sites = {site.param: site for site in self.slots[0].graph.sites[nodes[0].name]}
         layer_inputs = [plan.time_major(self._value(n.args[0], s)) for n, s in zip(nodes, self.slots, strict=True)]
         states = [plan.states(self._value(n.args[1], s)) for n, s in zip(nodes, self.slots, strict=True)]
         for layer in range(plan.layers):
             outputs: list[list[Tensor]] = [[] for _ in self.slots]
             for direction in range(plan.directions):
                 cell = _Cell(plan=plan, place=layer * plan.directions + direction, reverse=direction == 1)
-                self._visit_param(sites, cell.params[0], node, layer_inputs)
-                self._visit_param(sites, cell.params[1], node, [h for _, h in self._hidden(cell, layer_inputs, states)])
+                visit = functools.partial(self._visit_param, sites, nodes)
+                visit(cell.params[0], layer_inputs)
+                visit(cell.params[1], [hidden for _, hidden in self._hidden(cell, layer_inputs, states)])
                 for parts, (out, _) in zip(outputs, self._hidden(cell, layer_inputs, states), strict=True):
                     parts.append(out)
             layer_inputs = [torch.cat(parts, dim=-1) for parts in outputs]
 
-    def _visit_param(self, sites: Mapping[str, Site], param: fx.Node, node: fx.Node, inputs: Sequence[Tensor]) -> None:
+    def _visit_param(
+        self, sites: Mapping[str, Site], nodes: Sequence[fx.Node], param: fx.Node, inputs: Sequence[Tensor]
+    ) -> None:
         site = sites.get(self.slots[0].graph.values.get(param.name, ""))
         if site is not None:
-            self._visit_site(site, node, lambda: iter(inputs))
+            self._visit_site(site, nodes, lambda: iter(inputs))
 
     def _hidden(
         self, cell: _Cell, inputs: Sequence[Tensor], states: Sequence[list[Tensor]]

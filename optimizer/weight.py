@@ -81,10 +81,6 @@ class Uniform:
     def meta(self) -> dict[str, Any]:
         return {"format": "uniform", "zero": self.zero} | _code_meta(self)
 
-    def table(self) -> Int8[Tensor, "1 levels"]:
-        """The same levels as an int8 table of unit 1, for kernels that decode by table."""
-        return (torch.arange(2**self.code_bits) - self.zero).to(torch.int8)[None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Codebook:
@@ -143,6 +139,10 @@ class LowRank:
     left: Weight
     right: Weight
 
+    def __post_init__(self) -> None:
+        if self.left.shape[1] != self.right.shape[0]:
+            raise InputError(f"factors {self.left.shape} and {self.right.shape} have no product")
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.left.shape[0], self.right.shape[1]
@@ -169,6 +169,10 @@ class Sum:
     """A sum of weights of one shape, added in float32 in the order of `terms`."""
 
     terms: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        if len({term.shape for term in self.terms}) != 1:
+            raise InputError(f"terms of shapes {[term.shape for term in self.terms]} have no sum")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,10 +211,13 @@ def rebuild(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Weight:
             return LowRank(left=left, right=right)
         case "sum":
             return Sum(terms=tuple(rebuild(m, _part(tensors, str(i))) for i, m in enumerate(meta["terms"])))
+    shape, bits = tuple(meta["shape"]), meta["code_bits"]
+    if len(tensors["codes"]) != packed_bytes(math.prod(shape), bits):
+        raise InputError(f"codes take {len(tensors['codes'])} bytes, which {shape} of {bits} bits do not")
     common = {
-        "codes": unpack(tensors["codes"], meta["code_bits"], tuple(meta["shape"])),
+        "codes": unpack(tensors["codes"], bits, shape),
         "scale": tensors["scale"],
-        "code_bits": meta["code_bits"],
+        "code_bits": bits,
         "group": meta["group"],
         "dtype": getattr(torch, meta["dtype"]),
     }

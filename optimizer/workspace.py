@@ -1,23 +1,27 @@
 """The output folder while it is being made: a hidden sibling with a cache, renamed into place when complete.
 
-A killed run leaves the sibling, and `--resume` goes on from what its cache holds. Every cache entry is written whole or
-not at all, under a fingerprint of all that it depends on.
+A killed run leaves both, and `--resume` goes on from what the cache holds. Every cache entry is written whole or not at
+all, under a fingerprint of all that it depends on. A lock in the cache keeps a second run away;
+it ends with its process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,13 +30,17 @@ from .errors import Error, ExportError, RecipeError
 from .model import Model
 from .weight import Weight, rebuild
 
+LOCK = "lock"
+OURS = ("model.json", "report.json")
+"""Files by which a folder is known as one that optimize made: no other is ever replaced."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
     """`out` is where the result goes, `folder` where it is made, `cache` what a resumed run starts from."""
 
     out: Path
-    replaces: bool = False
+    lock: IO[str] | None = None
 
     @property
     def folder(self) -> Path:
@@ -40,26 +48,28 @@ class Workspace:
 
     @property
     def cache(self) -> Path:
-        return self.folder.with_name(f".{self.out.name}.cache")
+        return self.out.with_name(f".{self.out.name}.cache")
+
+    @property
+    def old(self) -> Path:
+        """Where a folder that is being replaced stays until the new one is in place."""
+        return self.out.with_name(f".{self.out.name}.old")
 
     def finish(self) -> None:
         """Move the finished folder into place and drop the cache."""
-        old = self.out.with_name(f".{self.out.name}.old")
         if self.out.exists():
-            self.out.rename(old)
+            self.out.rename(self.old)
         self.folder.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
         shutil.rmtree(self.cache, ignore_errors=True)
 
-    def discard(self) -> None:
+    def discard_unless_costly(self) -> bool:
+        """Leave nothing but finished steps or layers, which a resumed run starts from; return whether there are any."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.rmtree(self.cache, ignore_errors=True)
-
-    def discard_unless_costly(self) -> None:
-        """Leave nothing after an error, but for finished steps or layers that a resumed run can start from."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if not any(self.cache.glob("*/*/*")):
+        costly = any(self.cache.glob("*/layers/[!.]*")) or any(self.cache.glob("*/model"))
+        if not costly:
             shutil.rmtree(self.cache, ignore_errors=True)
+        return costly
 
     def keep_failed(self) -> Path:
         """Move what was made aside as `<out>.failed` and return where it is."""
@@ -68,6 +78,11 @@ class Workspace:
         self.folder.rename(failed)
         shutil.rmtree(self.cache, ignore_errors=True)
         return failed
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        if self.lock is not None:
+            self.lock.close()
 
     def layers(self, fingerprint: str) -> LayerCache:
         return LayerCache(folder=self.cache / fingerprint / "layers")
@@ -80,18 +95,20 @@ class Workspace:
             (folder / "extra.json").write_text(json.dumps(extra))
 
     def get_model(self, fingerprint: str) -> tuple[Model, Any] | None:
+        """Return what `put_model` kept; None where there is nothing or it cannot be read (it is made again)."""
         folder = self.cache / fingerprint / "model"
-        if not folder.is_dir():
-            return None
-        return store.load(folder), json.loads((folder / "extra.json").read_text())
+        with contextlib.suppress(Error, OSError, ValueError):
+            return (store.load(folder), json.loads((folder / "extra.json").read_text())) if folder.is_dir() else None
+        return None
 
     def put_json(self, fingerprint: str, value: Any) -> None:
         with _whole(self.cache / f"{fingerprint}.json") as path:
             path.write_text(json.dumps(value))
 
     def get_json(self, fingerprint: str) -> Any:
-        path = self.cache / f"{fingerprint}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.cache / f"{fingerprint}.json").read_text())
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +118,13 @@ class LayerCache:
     folder: Path
 
     def get(self, key: str) -> Weight | None:
+        """Return a finished layer; None where there is none or it cannot be read (it is made again)."""
         path = self.folder / _safe(key)
-        if not path.is_file():
-            return None
-        tensors = load_file(path)
-        meta = json.loads(bytes(tensors.pop("meta").tolist()))
-        return rebuild(meta, tensors)
+        with contextlib.suppress(Error, OSError, ValueError, KeyError, TypeError, SafetensorError):
+            tensors = load_file(path)
+            meta = json.loads(bytes(tensors.pop("meta").tolist()))
+            return rebuild(meta, tensors)
+        return None
 
     def put(self, key: str, weight: Weight) -> None:
         meta = torch.tensor(list(json.dumps(weight.meta()).encode()), dtype=torch.uint8)
@@ -116,25 +134,33 @@ class LayerCache:
 
 
 def open_workspace(out: Path, *, resume: bool, force: bool) -> Workspace:
-    """Prepare a place to write; RecipeError where `out` exists and neither --resume nor --force was given."""
+    """Prepare a place to write and lock it.
+
+    Raises RecipeError where `out` exists and neither --resume nor --force was given, where it is not a folder that
+    optimize made, or where another run is writing to it.
+    """
     out = Path(os.path.abspath(out))
-    if out.exists() and not force:
-        fix = (
-            "it is complete; use --force to replace it, or another --out" if resume else "use --force or another --out"
-        )
-        raise RecipeError(f'the output folder "{out.name}" exists already', fix=fix)
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f'"{out.name}" is a file', fix="use another --out")
-    if not out.parent.is_dir():
-        raise RecipeError(f'the folder "{out.parent.name}" for the output does not exist', fix="make it first")
-    work = Workspace(out=out)
-    shutil.rmtree(work.folder, ignore_errors=True)
-    if not resume:
-        shutil.rmtree(work.cache, ignore_errors=True)
+    _check(out, resume=resume, force=force)
     with disk_errors(out):
-        work.folder.mkdir()
-        work.cache.mkdir(exist_ok=True)
+        work = Workspace(out=out, lock=_lock(out))
+        try:
+            _recover(work)
+            _check(out, resume=resume, force=force)
+            if not resume:
+                _clear(work.cache)
+            shutil.rmtree(work.folder, ignore_errors=True)
+            work.folder.mkdir()
+        except BaseException:
+            work.discard_unless_costly()
+            work.close()
+            raise
     return work
+
+
+def shown(path: Path) -> str:
+    """Return a path relative to the current folder where it lies within."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
 
 
 @contextlib.contextmanager
@@ -145,11 +171,11 @@ def disk_errors(out: Path) -> Iterator[None]:
     except Error:
         raise
     except Exception as error:
-        if not _is_disk(error):
+        number = _disk_error(error)
+        if not number:
             raise
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no space left on device"
         raise ExportError(
-            f'cannot write to the output folder "{out.name}": {reason.lower()}',
+            f'cannot write to the output folder "{out.name}": {os.strerror(number).lower()}',
             fix="free some space or use another --out",
         ) from error
 
@@ -162,6 +188,72 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:24]
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_sha256() -> str:
+    """Return a hash of our own source: what an edited or another version had finished is not used."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _check(out: Path, *, resume: bool, force: bool) -> None:
+    if out.exists() and not force:
+        what = f'the output folder "{out.name}" exists already'
+        raise RecipeError(what, fix="it is complete; use --force to replace it, or another --out" if resume else _FORCE)
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f'"{out.name}" is a file', fix="use another --out")
+    if out.exists() and any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
+        raise RecipeError(f'the folder "{out.name}" was not made by optimize', fix="use another --out")
+    if not out.parent.is_dir():
+        raise RecipeError(f'the folder "{shown(out.parent)}" for the output does not exist', fix="make it first")
+
+
+_FORCE = "use --force or another --out"
+
+
+def _lock(out: Path) -> IO[str]:
+    """Return an open file in the cache that this process alone has locked."""
+    path = Workspace(out=out).cache / LOCK
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            file = path.open("w")
+        except FileNotFoundError:  # a run that finished just now has dropped its cache
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            what = f'another run is writing to the output folder "{out.name}"'
+            raise RecipeError(what, fix="wait for it, or use another --out") from error
+        except OSError:
+            return file  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+
+
+def _recover(work: Workspace) -> None:
+    """Put back the folder that a run was killed while replacing."""
+    if work.old.is_dir() and not work.out.exists():
+        work.old.rename(work.out)
+    shutil.rmtree(work.old, ignore_errors=True)
+
+
+def _clear(cache: Path) -> None:
+    for item in cache.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name != LOCK:
+            item.unlink()
+
+
 def _tensor_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().contiguous().flatten()
     return str((tensor.dtype, tuple(tensor.shape))).encode() + flat.view(torch.uint8).numpy().tobytes()
@@ -172,8 +264,9 @@ def _whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
+    for stale in (temporary, path):
+        if stale.is_dir():
+            shutil.rmtree(stale)
     yield temporary
     temporary.rename(path)
 
@@ -182,10 +275,14 @@ def _safe(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO}
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO)
 
 
-def _is_disk(error: BaseException) -> bool:
+def _disk_error(error: BaseException) -> int:
+    """Return the number of a disk's error, 0 for any other; libraries give it in their text."""
     if isinstance(error, OSError):
-        return error.errno in _DISK
-    return any(f"os error {number}" in str(error) or os.strerror(number) in str(error) for number in _DISK)
+        return error.errno if error.errno in _DISK else 0
+    found = re.search(r"os error (\d+)", str(error))
+    if found:
+        return int(found[1]) if int(found[1]) in _DISK else 0
+    return next((number for number in _DISK if os.strerror(number) in str(error)), 0)

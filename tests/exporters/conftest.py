@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from paredown.exporters import onnx as target
 from paredown.optimizer.model import InputSpec, Model, Source, from_module
 from paredown.optimizer.weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
-from torch import Tensor, nn
 
 FORMS = ("codebook 3", "codebook 4 blocks groups", "uniform 8", "codebook 2 fp16", "uniform 4 groups", "codebook 8")
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
 from paredown.exporters import onnx as target
 from paredown.exporters.runner import RunnerOptions
 from paredown.optimizer.errors import ExportError, InputError, RecipeError
 from paredown.optimizer.model import InputSpec, Model, Source, from_module
 from paredown.optimizer.weight import Codebook, Uniform
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 BATCHES = (1, 3)
 

@@ -9,12 +9,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from torch import Tensor, nn
+
 from paredown.exporters import onnx as target
 from paredown.exporters.difference import argmax_agreement, difference
 from paredown.exporters.verify import Spec, compare, tolerance, verify
 from paredown.optimizer.errors import ExportError, InputError, RecipeError
 from paredown.optimizer.model import InputSpec, Source, from_module
-from torch import Tensor, nn
 
 
 def tamper(source: Path, name: str, folder: Path) -> Path:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paredown.kernels.pack import pack, packed_bytes, unpack, word
 
 BITS = range(1, 9)

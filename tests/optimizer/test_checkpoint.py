@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from paredown.optimizer import checkpoint
+from paredown.optimizer import checkpoint, huggingface
 from paredown.optimizer.errors import InputError, RuntimeMissingError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -351,10 +351,10 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_hugging_face_folder(tmp_path: Path, quiet: None) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    module = checkpoint.hf_module(tmp_path)
+    module = huggingface.build(tmp_path)
     assert type(module).__name__ == "BertModel"
     save_file(state_of(module), tmp_path / "model.safetensors")
-    assert len(checkpoint.match(checkpoint.read(tmp_path), checkpoint.hf_module(tmp_path))) == len(state_of(module))
+    assert len(checkpoint.match(checkpoint.read(tmp_path), huggingface.build(tmp_path))) == len(state_of(module))
 
 
 BAD_CONFIGS = {
@@ -369,7 +369,7 @@ BAD_CONFIGS = {
 def test_bad_hugging_face_folder(tmp_path: Path, quiet: None, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(InputError) as caught:
-        checkpoint.hf_module(tmp_path)
+        huggingface.build(tmp_path)
     where = tmp_path / "config.json" if config == "{" else tmp_path
     assert str(caught.value) == f"{where}: {BAD_CONFIGS[config]}"
 
@@ -378,6 +378,6 @@ def test_hugging_face_folder_without_transformers(tmp_path: Path, monkeypatch: p
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RuntimeMissingError) as caught:
-        checkpoint.hf_module(tmp_path)
+        huggingface.build(tmp_path)
     assert str(caught.value) == f"{tmp_path}: transformers is not installed; pip install 'paredown[hf]'"
     assert caught.value.exit_code == 7
