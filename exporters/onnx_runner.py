@@ -73,6 +73,8 @@ def load(path: Path, options: RunnerOptions) -> OnnxRunner:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level, settings.inter_op_num_threads = 4, 1
     settings.intra_op_num_threads = options.threads
+    # Threads that spin after a run would slow down whatever alternates with this session in one process.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.exact:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     try:

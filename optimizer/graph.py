@@ -11,7 +11,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -257,8 +257,8 @@ def flat_weights(node: fx.Node) -> list[fx.Node]:
 
 def _input_and_hidden(node: fx.Node) -> Iterator[fx.Node]:
     """Yield W_ih and W_hh of each layer and direction; the projection of an LSTM multiplies what no operator shows."""
-    flat, per_cell = flat_weights(node), int(node.args[4]) * (2 if node.args[7] else 1)  # type: ignore[call-overload]
-    for start in range(0, len(flat), len(flat) // per_cell):
+    flat, cells = flat_weights(node), cast(int, node.args[4]) * (2 if node.args[7] else 1)
+    for start in range(0, len(flat), len(flat) // cells):
         yield from flat[start : start + 2]
 
 
@@ -269,16 +269,20 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
 
 
-_FRESH = _CONVS | _TRANSPOSED | {
-    aten.linear.default,
-    aten.batch_norm.default,
-    aten.layer_norm.default,
-    aten.group_norm.default,
-    aten.add.Tensor,
-    aten.mul.Tensor,
-    aten.sub.Tensor,
-    aten.cat.default,
-}
+_FRESH = (
+    _CONVS
+    | _TRANSPOSED
+    | {
+        aten.linear.default,
+        aten.batch_norm.default,
+        aten.layer_norm.default,
+        aten.group_norm.default,
+        aten.add.Tensor,
+        aten.mul.Tensor,
+        aten.sub.Tensor,
+        aten.cat.default,
+    }
+)
 
 
 def _writes_into_others(node: fx.Node) -> bool:

@@ -256,7 +256,7 @@ def layouts_of(module: nn.Module) -> dict[str, Layout]:
 
 def module_at(module: nn.Module, path: str) -> nn.Module:
     """Return a submodule by its path; an InputError names the nearest one."""
-    modules = dict(module.named_modules())
+    modules: dict[str, nn.Module] = dict(module.named_modules())
     if path not in modules:
         raise InputError(f'there is no module "{path}"', fix=nearest(path, modules))
     return modules[path]
@@ -277,12 +277,12 @@ def _all_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from _named(module)
     for path, part in module.named_modules():
         for key, value in vars(part).items():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            held = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            )
             yield from ((f"{path}.{key}".lstrip("."), item) for item in held if isinstance(item, Tensor))
 
 
 def _check_shape(name: str, value: Tensor, old: Tensor) -> None:
     if value.shape != old.shape:
         raise InputError(f'"{name}" has shape {tuple(value.shape)}, the architecture wants {tuple(old.shape)}')
-
-

@@ -115,6 +115,13 @@ def check_strict(planned: Sequence[Planned]) -> None:
                 )
 
 
+def without_feedback(job: Job, planned: Sequence[Planned]) -> list[str]:
+    """Return the layers for which error feedback was asked and cannot be: an embedding looks rows up."""
+    uses = job.graph.of_param()
+    asked = [d.layer for _, decisions in planned for d in decisions if d.quantizer and d.spec.format.feedback]
+    return [layer for layer in asked if all(site.kind == "embedding" for site in uses.get(layer, ()))]
+
+
 def plan_data(planned: Sequence[tuple[Step, Sequence[Decision]]]) -> dict[str, Any]:
     """Return a plan as data for plan.yaml."""
     steps = [{s.name: {d.layer: quantize.describe(d) for d in decisions}} for s, decisions in planned]

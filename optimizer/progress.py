@@ -50,7 +50,9 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-            self.console.print(f"{escape(self._label)} [dim]{self.clock() - self._started:.1f} s[/dim]", highlight=False)
+            self.console.print(
+                f"{escape(self._label)} [dim]{self.clock() - self._started:.1f} s[/dim]", highlight=False
+            )
         self._label = ""
 
     def _line(self, done: float, total: float) -> str:

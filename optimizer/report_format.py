@@ -62,7 +62,7 @@ def times(ratio: float | None) -> str:
 
 def points(value: float | None) -> str:
     """Return a signed change with two decimals."""
-    return DASH if value is None else f"{value:+.2f}".replace("-", _MINUS)
+    return DASH if value is None else f"{round(value, 2) + 0.0:+.2f}".replace("-", _MINUS)
 
 
 def span(interval: Interval | None, scale: float = 1.0) -> str:

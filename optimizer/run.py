@@ -134,7 +134,7 @@ class _Run:
             "baseline": summary.sizes(job.model, job.graph, before, self.recipe.seed),
             "steps": steps,
             "layers": summary.layer_rows(model, layers),
-            "decisions": [summary.decision_row(d) for _, decisions in planned for d in decisions] + notes,
+            "decisions": _decision_rows(job, planned) + notes,
         }
         failure = self._artifacts(job, model, before, parts)
         parts["seconds"] = time.monotonic() - started
@@ -209,7 +209,7 @@ class _Run:
             paths.append(self._export(f"export to {target}", model, target, "model"))
             if self.recipe.gates.verify:
                 self.reporter.stage(f"verify {paths[-1].name}")
-                failure = failure or self._verify(exporter(target), model, paths[-1], parts)
+                failure = failure or self._verify(exporter(target), (job, model), paths[-1], parts)
         if paths and failure is None:
             runner = as_module(exporter(self.recipe.export[0]).open(paths[0]), job)
             after = self._metric(f"measure {paths[0].name}", runner, _file_mark(paths[0]))
@@ -231,11 +231,16 @@ class _Run:
         module.export(model, path, module.Options())
         return path
 
-    def _verify(self, target: Any, model: Model, path: Path, parts: dict[str, Any]) -> Error | None:
+    def _verify(self, target: Any, models: tuple[Job, Model], path: Path, parts: dict[str, Any]) -> Error | None:
+        """Compare a file with the model on calibration data, whose masks and indices make sense."""
         from ..exporters import verify
 
+        job, model = models
+        largest = max(verify.Spec().batches)
+        inputs = rebatch(job.calibration, largest).batches[0]
+        count = min(largest, job.calibration.samples, *job.model.batch_sizes(inputs))
         try:
-            rows = verify.verify(model, path, target.open)
+            rows = verify.verify(model, path, target.open, verify.Spec(batches=(1, count), inputs=inputs))
         except ExportError as error:
             parts["verify"] += [dataclasses.asdict(row) for row in getattr(error, "rows", [])]
             return error
@@ -318,6 +323,13 @@ def _planned(job: Job, options: Options) -> list[Planned]:
     if options.strict:
         planning.check_strict(planned)
     return planned
+
+
+def _decision_rows(job: Job, planned: Sequence[Planned]) -> list[dict[str, Any]]:
+    rows = [summary.decision_row(decision) for _, decisions in planned for decision in decisions]
+    reason = "an embedding looks rows up, so that there is no error to feed back"
+    lacking = planning.without_feedback(job, planned)
+    return rows + [{"layer": layer, "fallback": "without error feedback", "reason": reason} for layer in lacking]
 
 
 def _foreign_code(decisions: Sequence[Decision]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,6 +31,7 @@ def save(model: Model, folder: Path) -> None:
     """Write a model; the same value gives the same bytes. The folder must exist."""
     save_file(_stored(model), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.json").write_text(json.dumps(describe(model), indent=1, sort_keys=True) + "\n")
+    shutil.copymode(folder / "model.json", folder / "model.safetensors")  # safetensors writes for its owner alone
     (folder / "source").mkdir(exist_ok=True)
     for file in model.source.files:
         path = _within(folder, file.name)

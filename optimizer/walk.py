@@ -31,7 +31,7 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reader:
-    """The inputs of one site, batch by batch, and the rows that its weight multiplies; `nodes` holds each batch's call."""
+    """The inputs of one site and the rows that its weight multiplies; inputs and `nodes`, the calls, go by batch."""
 
     site: Site
     nodes: Sequence[fx.Node]
@@ -114,7 +114,9 @@ def walk(traced: Traced, values: Mapping[str, Tensor], visitor: Visitor | None =
 
 def _check_same(one: Graph, other: Graph) -> None:
     if _uses(one) != _uses(other):
-        raise InputError("calibration batches of different shapes use different weights", fix="give batches of one shape")
+        raise InputError(
+            "calibration batches of different shapes use different weights", fix="give batches of one shape"
+        )
 
 
 def _uses(graph: Graph) -> list[Any]:
@@ -167,9 +169,8 @@ class _Walk:
         for node in nodes:
             if node.op == "placeholder" and node.name in slot.graph.inputs:
                 slot.env[node.name] = slot.batch[slot.graph.inputs.index(node.name)]
-            elif node.op == "call_function" and node.target not in _ASSERTIONS:
-                if any(used.name in slot.env for used in node.all_input_nodes):
-                    slot.env[node.name] = self._run(node, slot)
+            elif _is_call(node) and any(used.name in slot.env for used in node.all_input_nodes):
+                slot.env[node.name] = self._run(node, slot)
             slot.free(node)
 
     def _call(self, nodes: Sequence[fx.Node]) -> None:
@@ -307,6 +308,10 @@ class _Cell:
 
 
 _ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target not in _ASSERTIONS
 
 
 def _last_uses(nodes: Iterable[fx.Node]) -> dict[str, list[str]]:

@@ -31,9 +31,7 @@ def sites(graph: Graph) -> list[Site]:
 
 
 def listed(graph: Graph) -> list[str]:
-    return [
-        f"{s.param} {s.kind}{KINDS.get(s.layout.kind, '')} {s.first}:{s.first + s.count}" for s in sites(graph)
-    ]
+    return [f"{s.param} {s.kind}{KINDS.get(s.layout.kind, '')} {s.first}:{s.first + s.count}" for s in sites(graph)]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -195,7 +193,9 @@ def test_what_cannot_be_captured_says_why() -> None:
         capture(Branch(), (torch.ones(2),))
     text = str(caught.value)
     assert text.startswith("the network cannot be captured: ")
-    assert text.endswith("; torch.export must accept it: no Python branches on tensor values, inputs as the recipe says")
+    assert text.endswith(
+        "; torch.export must accept it: no Python branches on tensor values, inputs as the recipe says"
+    )
     assert "\n" not in text
     with pytest.raises(ExportError, match=r"^the network cannot be captured: "):
         capture(nn.Linear(4, 2), (torch.ones(1, 5),))

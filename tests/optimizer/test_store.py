@@ -164,11 +164,10 @@ def _is_range(piece: str) -> bool:
 
 
 def test_sources_in_folders_come_back(tmp_path: Path) -> None:
-    files = (
-        SourceFile(name="net.py", text="from parts.layer import make\nfrom torch import nn\n\ndef net():\n    return make()\n"),
-        SourceFile(name="parts/__init__.py", text=""),
-        SourceFile(name="parts/layer.py", text='"""é"""\nfrom torch import nn\ndef make():\n    return nn.Linear(4, 2)\n'),
-    )
+    net = "from parts.layer import make\n\ndef net():\n    return make()\n"
+    layer = '"""\u00e9"""\nfrom torch import nn\ndef make():\n    return nn.Linear(4, 2)\n'
+    texts = {"net.py": net, "parts/__init__.py": "", "parts/layer.py": layer}
+    files = tuple(SourceFile(name=name, text=text) for name, text in texts.items())
     model = from_module(nn.Linear(4, 2), (), Source(entry="zoo/net.py:net", files=files))
     store.save(model, tmp_path)
     assert set(contents(tmp_path)) >= {"source/net.py", "source/parts/__init__.py", "source/parts/layer.py"}

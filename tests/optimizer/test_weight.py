@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,13 +140,6 @@ def test_four_bit_bytes_are_counted_by_hand() -> None:
     assert weight.bits() == 8 * (33 * 10 // 2 + 3 * 16 + 33 * 3 * 2)
     uniform = Uniform(codes=codes, scale=torch.ones(33, 1), zero=8, code_bits=3)
     assert uniform.bits() == 8 * (math.ceil(330 / 8) * 3 + 33 * 4)
-
-
-def test_a_uniform_weight_is_a_table_of_unit_one() -> None:
-    codes = torch.arange(16, dtype=torch.uint8)[None]
-    weight = Uniform(codes=codes, scale=torch.tensor([[0.5]]), zero=8, code_bits=4)
-    assert torch.equal(weight.table().float() * 0.5, weight.dense())
-    assert Uniform(codes=codes, scale=torch.ones(1, 1), zero=128, code_bits=8).table().tolist()[0][:2] == [-128, -127]
 
 
 CODES = torch.zeros(4, 6, dtype=torch.uint8)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "bench" / "results"
@@ -109,14 +110,18 @@ def _accuracy_row(network: str, bits: int, draw: int) -> dict[str, Any]:
 def _lossless(network: str, out: Path) -> tuple[float, float]:
     """Return the accuracy of the exported file and of the original on the 1000 lossless test images."""
     from paredown.exporters import onnx
-    from paredown.optimizer import planning, recipe, run
+    from paredown.optimizer import planning, recipe
     from paredown.optimizer.entry import resolve
 
     source = recipe.read(HERE / "recipes" / f"{network}.yaml")
     original = planning.load_model(source)
     metric = resolve("../resnet_cifar.py:top1_lossless", source.base).function
-    graph = planning.trace(original.module(), [original.examples(2)]).graph
-    artifact = run.as_module(onnx.open(out / "model.onnx"), graph)
+    runner = onnx.open(out / "model.onnx")
+
+    def artifact(x: Tensor) -> Tensor:
+        (logits,) = runner.run({"x": x.numpy()}).values()
+        return torch.from_numpy(logits)
+
     with torch.no_grad():
         return float(np.mean(metric(artifact))), float(np.mean(metric(original.module())))
 

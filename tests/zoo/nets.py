@@ -84,7 +84,6 @@ _TOKENS = InputSpec(name="tokens", shape=("batch", "time"), dtype="int64")
 _STEPS = (InputSpec(name="steps", shape=("batch", "time", 5)),)
 
 
-
 BERT_LAYER = """
 layers.{0}.query.weight linear 0:8
 layers.{0}.key.weight linear 0:8

@@ -19,8 +19,8 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
-        y = x + self.shrink(F.gelu(self.grow(self.norm2(x))))
-        return y
+        out: Tensor = x + self.shrink(F.gelu(self.grow(self.norm2(x))))
+        return out
 
 
 class Vision(nn.Module):
@@ -151,9 +151,7 @@ class BertBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.query(x), self.key(x), self.value(x))
-        )
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.query(x), self.key(x), self.value(x)))
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
         x = self.norm1(x + self.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
         y: Tensor = self.norm2(x + self.shrink(F.gelu(self.grow(x))))
