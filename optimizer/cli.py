@@ -155,7 +155,7 @@ def verify(folder: Path, runtime: str) -> None:
 @click.option("--threads", default="1", show_default=True, help="Thread counts, as in 1,2.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a named dimension.")
 @click.option("--min-seconds", type=float, default=1.0, show_default=True, help="Least measuring time of each.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--out", type=_PATH, help="Folder for bench.json and bench.csv.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
     """Time artifacts against the first of them, interleaved in one process."""

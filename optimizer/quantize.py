@@ -30,6 +30,9 @@ MICRO_BATCH = 64
 """Samples per operator call while calibrating; all samples are alive at once whatever it is."""
 
 
+NO_GRAM = "without error feedback: a table of rows that are looked up has no gram of inputs"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """What to quantize. Every field of the quantizer's own Spec may stand beside these.
@@ -77,11 +80,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerResult:
-    """What came of one layer: relative output error ||(W' - W) X|| / ||W X|| on its calibration inputs."""
+    """What came of one layer: relative output error ||(W' - W) X|| / ||W X|| on its calibration inputs.
+
+    reason: why it stayed dense. note: what was done otherwise than asked.
+    """
 
     layer: str
     error_rel: float
     reason: str = ""
+    note: str = ""
 
 
 class Cache(Protocol):
@@ -161,13 +168,14 @@ def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: 
     module = folded.module()
     traced = trace(module, fit.batches)
     quantized, results = _quantize(folded, decisions, traced, hooks)
+    otherwise = tuple(f"{short(layer.layer)}: {layer.note}" for layer in results if layer.note)
     kinds = tuple(_corrections(spec))
     if not kinds:
-        return Result(model=quantized, layers=results, notes=())
+        return Result(model=quantized, layers=results, notes=otherwise)
     hooks.progress(1, 1, "corrections")
     data = correct.Data(fit=traced, held_out=trace(module, held.batches))
     corrected, notes = correct.choose(folded, quantized, data, kinds)
-    return Result(model=corrected, layers=results, notes=notes)
+    return Result(model=corrected, layers=results, notes=(*otherwise, *notes))
 
 
 def matches(pattern: str, layer: str) -> bool:
@@ -217,7 +225,8 @@ def _quantize(
         weight = _solve(decision, matrix, stats, hooks.cache)
         done[site.param] = weight
         error = output_error(matrix, weight.dense(), stats)
-        errors[site.param] = LayerResult(layer=site.param, error_rel=error)
+        note = NO_GRAM if stats.gram is None and decision.spec.format.feedback else ""
+        errors[site.param] = LayerResult(layer=site.param, error_rel=error, note=note)
         return site.layout.to_param(weight.dense())
 
     walk(traced, values, Visitor(before=before))

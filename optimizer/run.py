@@ -18,11 +18,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from . import entry, planning, quantize, report, store, summary, workspace
+from . import artifact, entry, planning, quantize, report, store, summary, workspace
 from . import recipe as recipes
 from .errors import AccuracyError, Error, ExportError, InputError, RecipeError, RuntimeMissingError, nearest
 from .metric import Metric, drop, evaluate
@@ -209,12 +208,12 @@ class _Run:
             paths.append(self._export(f"export to {target}", model, target, "model"))
             if self.recipe.gates.verify:
                 self.reporter.stage(f"verify {paths[-1].name}")
-                failure = failure or self._verify(exporter(target), (job, model), paths[-1], parts)
+                failure = failure or self._verify(job, model, paths[-1], parts)
         if paths and failure is None:
-            runner = as_module(exporter(self.recipe.export[0]).open(paths[0]), job)
-            after = self._metric(f"measure {paths[0].name}", runner, _file_mark(paths[0]))
+            runner = artifact.as_module(exporter(self.recipe.export[0]).open(paths[0]), job)
+            after = self._metric(f"measure {paths[0].name}", runner, artifact.mark(paths[0]))
         elif failure is None:
-            mark = _file_mark(self.work.folder / "model.safetensors")
+            mark = artifact.mark(self.work.folder / "model.safetensors")
             after = self._metric("measure the result", model.module(), mark)
         graph = trace(model.module(), job.calibration.batches[:1]).graph
         final = summary.sizes(model, graph, after, self.recipe.seed)
@@ -231,16 +230,14 @@ class _Run:
         module.export(model, path, module.Options())
         return path
 
-    def _verify(self, target: Any, models: tuple[Job, Model], path: Path, parts: dict[str, Any]) -> Error | None:
-        """Compare a file with the model on calibration data, whose masks and indices make sense."""
+    def _verify(self, job: Job, model: Model, path: Path, parts: dict[str, Any]) -> Error | None:
+        """Compare a file with the model on calibration data."""
         from ..exporters import verify
 
-        job, model = models
-        largest = max(verify.Spec().batches)
-        inputs = rebatch(job.calibration, largest).batches[0]
-        count = min(largest, job.calibration.samples, *job.model.batch_sizes(inputs))
+        inputs = artifact.samples(job.calibration)
+        spec = verify.Spec(batches=artifact.batches(job.model.inputs, inputs), inputs=inputs)
         try:
-            rows = verify.verify(model, path, target.open, verify.Spec(batches=(1, count), inputs=inputs))
+            rows = verify.verify(model, path, exporter(path.suffix.removeprefix(".")).open, spec)
         except ExportError as error:
             parts["verify"] += [dataclasses.asdict(row) for row in getattr(error, "rows", [])]
             return error
@@ -295,29 +292,6 @@ class _Run:
         return full
 
 
-class _RunnerModule(nn.Module):
-    """A runner that is called like the network it came from: positionally, or by the names of its arguments."""
-
-    def __init__(self, runner: Any, job: Job) -> None:
-        super().__init__()
-        self.runner, self.graph = runner, job.graph
-        self.names = [spec.name for spec in job.model.inputs]
-        self.signature = inspect.signature(job.model.skeleton.forward)
-
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
-        given = self.signature.bind(*inputs, **named).arguments.values() if named else inputs
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        feeds = {name: x.numpy(force=True) for name, x in zip(self.names, tensors, strict=True)}
-        found = iter(self.runner.run(feeds).values())
-        flat = [None if node is None else torch.from_numpy(np.array(next(found))) for node in self.graph.outputs]
-        return pytree.tree_unflatten(flat, self.graph.program.call_spec.out_spec)
-
-
-def as_module(runner: Any, job: Job) -> nn.Module:
-    """Return an opened artifact as a module with the inputs and the output structure of the original."""
-    return _RunnerModule(runner, job).eval()
-
-
 def _planned(job: Job, options: Options) -> list[Planned]:
     planned = planning.replay(options.plan, job) if options.plan else planning.plan(job)
     if options.strict:
@@ -336,12 +310,6 @@ def _foreign_code(decisions: Sequence[Decision]) -> list[str]:
     """Return the source of quantizers that are not ours, which `code_sha256` does not cover."""
     names = sorted({decision.quantizer for decision in decisions if "." in decision.quantizer})
     return [inspect.getsource(cast(ModuleType, quantize.quantizer_module(name))) for name in names]
-
-
-def _file_mark(path: Path) -> str:
-    """Return the hash of a file and of the external weights beside it."""
-    beside = path.with_name(f"{path.name}.data")
-    return "-".join(workspace.file_sha256(part) for part in (path, beside) if part.is_file())
 
 
 def exporter(target: str, where: str = "") -> Any:
@@ -393,7 +361,7 @@ def verify(folder: Path, runtime: str) -> list[str]:
     model = store.load(folder)
     if not path.is_file():
         raise InputError("is missing", where=str(path), fix=f"run optimize export {folder}")
-    rows = comparison.verify(model, path, exporter("onnx").open)
+    rows = comparison.verify(model, path, exporter("onnx").open, comparison.Spec(inputs=artifact.examples(model)))
     return [
         f"{row.runtime} batch {row.batch}: relative {row.rel:.1e}, max {row.max_abs:.1e}, first bad layer: none"
         for row in rows

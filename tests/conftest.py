@@ -1,18 +1,32 @@
-"""What all tests share: one thread per worker of pytest-xdist, and a count of what was skipped and why."""
+"""What all tests share: one thread per worker, shapes checked, and a count of what was skipped and why."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 
+import jaxtyping
 import pytest
+
+from . import shapes
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let workers share the cores: torch and numpy read these when they are imported, which is later."""
+    """Let workers share the cores (torch and numpy read these when they are imported, which is later); check shapes."""
     if hasattr(config, "workerinput"):
         for library in ("OMP", "OPENBLAS"):
             os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    shapes.install()
+
+
+@pytest.fixture(autouse=True)
+def unchecked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a test that passes wrong tensors on purpose see our own error and not jaxtyping's."""
+    wrong = any(word in request.node.name for word in shapes.WRONG_ON_PURPOSE)
+    jaxtyping.config.update("jaxtyping_disable", wrong)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -873,7 +873,7 @@ FOLDERS = {
         prepare=(spoil_json(lambda data: data.update(edits=[{"edit": "widen"}])),),
         args=("verify", "out"),
         code=3,
-        says='unknown edit "widen"; use the version of paredown that wrote it',
+        says='out/model.json: unknown edit "widen"; use the version of paredown that wrote it',
     ),
     "report missing": Case(
         prepare=(lambda folder: (folder / "out/report.json").unlink(),),

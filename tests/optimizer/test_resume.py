@@ -130,7 +130,7 @@ def measured(out: Path) -> object:
     return report
 
 
-SLOW = ("data 1", "metric 1", "layer 3")
+SLOW = ("data 1", "metric 1", "layer 3", "metric 2")
 KILLS = [pytest.param(moment, marks=pytest.mark.slow if moment in SLOW else ()) for moment in MOMENTS]
 
 

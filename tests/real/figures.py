@@ -33,7 +33,7 @@ def main() -> None:
     rows = {"accuracy": accuracy, "others": others, "scaling": scaling}[what]()
     path = RESULTS / f"{what}.json"
     found: list[dict[str, Any]] = []
-    for row in rows:
+    for row in rows:  # a generator: rows are written as they come
         found.append(row)
         print(json.dumps(row), flush=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
@@ -129,7 +129,9 @@ def _lossless(network: str, out: Path) -> tuple[float, float]:
 def _run(network: str, out: Path, *settings: str) -> dict[str, Any]:
     command = [str(Path(sys.executable).with_name("optimize")), "run", str(HERE / "recipes" / f"{network}.yaml")]
     command += ["--out", str(out)] + [part for setting in settings for part in ("--set", setting)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
 
