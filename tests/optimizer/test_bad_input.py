@@ -203,9 +203,9 @@ ENTRIES = {
         says='entry "net.py:bild": there is no function "bild" in it; did you mean "build"?',
     ),
     "no such module": Case(
-        prepare=(recipe("net.py:build", "no_such_module:build"),),
+        prepare=(recipe("net.py:build", "nowhere_here:build"),),
         code=2,
-        says='entry "no_such_module:build": there is no module "no_such_module"; install it, or write "path.py:function"',
+        says='entry "nowhere_here:build": there is no module "nowhere_here"; install it, or write "path.py:function"',
     ),
     "names no function": Case(
         prepare=(recipe("net.py:build", "net.py"),),

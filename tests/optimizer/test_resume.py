@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,7 @@ FINISHED = {"data 1": 0, "metric 1": 0, "layer 2": 1, "layer 3": 2, "metric 2": 
 MOMENT = """
 import os, time
 from pathlib import Path
+from typing import Any
 
 counts = {}
 
@@ -130,11 +133,12 @@ def measured(out: Path) -> object:
     return report
 
 
-SLOW = ("data 1", "metric 1", "layer 3", "metric 2")
-KILLS = [pytest.param(moment, marks=pytest.mark.slow if moment in SLOW else ()) for moment in MOMENTS]
+def mostly_slow(names: Iterable[str], *fast: str) -> list[Any]:
+    """Return parameters of which a few run always, and all where there is time."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("moment", KILLS)
+@pytest.mark.parametrize("moment", mostly_slow(MOMENTS, "layer 2"))
 def test_a_killed_run_goes_on(moment: str, here: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "die").write_text(f"{moment} 9")
     process = start()
@@ -149,7 +153,7 @@ def test_a_killed_run_goes_on(moment: str, here: Path, alone: Path, monkeypatch:
     assert not [path.name for path in here.iterdir() if path.name.startswith(".out")]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", mostly_slow(MOMENTS, "metric 1", "layer 3"))
 def test_an_interrupted_run_goes_on(moment: str, here: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = listing(here)
     (here / "die").write_text(f"{moment} {int(signal.SIGINT)}")
@@ -179,6 +183,7 @@ def test_a_resumed_run_measures_nothing_twice(here: Path, alone: Path, monkeypat
     assert_same(here / "out", alone)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bytes(here: Path, alone: Path) -> None:
     process = start()
     _, err = process.communicate()
@@ -200,7 +205,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", mostly_slow(CHANGES, "recipe", "metric"))
 def test_what_was_changed_is_not_reused(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(here / "recipe.yaml", "export: [onnx]", "export: []")
     interrupt(here, monkeypatch, "metric 2")
