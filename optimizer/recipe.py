@@ -14,9 +14,13 @@ from typing import Any, Literal
 import yaml
 
 from . import tree
-from .entry import parts
 from .errors import RecipeError, nearest
-from .model import InputSpec
+from .sections import BenchSpec as BenchSpec
+from .sections import DataSpec as DataSpec
+from .sections import Gates as Gates
+from .sections import MetricSpec as MetricSpec
+from .sections import ModelSpec as ModelSpec
+from .sections import at_least
 from .tree import Node
 
 DATA_VARIABLE, DATA_DEFAULT = "PAREDOWN_DATA", "../shared/data"
@@ -27,14 +31,6 @@ _STEPS: Mapping[str, str] = {"quantize": f"{__package__}.quantize", "prune": "",
 """Step name -> the module with its `Spec`; "" where this version has none yet."""
 
 
-def _build_inputs(node: Node) -> tuple[InputSpec, ...]:
-    return tuple(_input(name, child) for name, child in node.mapping("inputs").items())
-
-
-def _show_inputs(inputs: tuple[InputSpec, ...]) -> dict[str, Any]:
-    return {spec.name: {"shape": list(spec.shape), "dtype": spec.dtype} for spec in inputs}
-
-
 def _build_steps(node: Node) -> tuple[Step, ...]:
     if not isinstance(node.value, tuple):
         raise node.error(f"steps must be a list, got {tree.shown(node)}", 'write "- quantize: {...}"')
@@ -43,79 +39,6 @@ def _build_steps(node: Node) -> tuple[Step, ...]:
 
 def _show_steps(steps: tuple[Step, ...]) -> list[dict[str, Any]]:
     return [{step.name: tree.show_all((step.spec, *step.extras))} for step in steps]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """The network: who builds it, where its weights are, and its inputs. Either of the first two may be absent."""
-
-    entry: str = ""
-    checkpoint: str = ""
-    inputs: tuple[InputSpec, ...] = field(default=(), metadata={"build": _build_inputs, "show": _show_inputs})
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.entry:
-            parts(self.entry)
-        if not self.entry and not self.checkpoint:
-            raise RecipeError("the model has neither entry nor checkpoint", fix='write entry: "path.py:function"')
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSpec:
-    """Calibration data: a function that gives batches of inputs, called with `samples`, `seed` and `args`."""
-
-    entry: str
-    samples: int = 512
-    seed: int = 0
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        parts(self.entry)
-        _at_least("samples", self.samples, 1)
-        _at_least("seed", self.seed, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricSpec:
-    """A function of the model that returns a number or one score per sample; higher is better."""
-
-    entry: str
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        parts(self.entry)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gates:
-    """What the result must hold. max_drop: percentage points of the metric."""
-
-    max_drop: float | None = None
-    verify: bool = True
-    never_slower: bool = True
-
-    def __post_init__(self) -> None:
-        if self.max_drop is not None:
-            _at_least("max_drop", self.max_drop, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchSpec:
-    """What to measure: every batch size with every number of threads."""
-
-    runtime: str = "onnxruntime"
-    scenario: str = "edge"
-    batch: tuple[int, ...] = (1,)
-    threads: tuple[int, ...] = (1,)
-    device: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "threads"):
-            if not getattr(self, name):
-                raise RecipeError(f"{name} is empty", fix=f"write {name}: [1]")
-            for size in getattr(self, name):
-                _at_least(name, size, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +69,7 @@ class Recipe:
     lines: Mapping[str, str] = field(default_factory=dict, compare=False, metadata={"hidden": True})
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0)
+        at_least("seed", self.seed, 0)
 
     def at(self, key: str) -> str:
         """Return where a top-level key was written, for the `where` of an error."""
@@ -215,21 +138,6 @@ def amend(step: Step, changes: Mapping[str, Any]) -> Step:
     """Return a step with some of its keys changed, checked as if the recipe had said so."""
     written = {**tree.show_all((step.spec, *step.extras)), **changes}
     return _step(tree.of_plain({step.name: written}, step.where))
-
-
-def _input(name: str, node: Node) -> InputSpec:
-    full = node.value if isinstance(node.value, Mapping) else {"shape": node}
-    unknown = next((key for key in full if key not in ("shape", "dtype")), None)
-    if unknown:
-        raise full[unknown].error(f'there is no key "{unknown}"', nearest(unknown, ("shape", "dtype")))
-    if "shape" not in full:
-        raise node.error(f'input "{name}" has no shape', f"write {name}: [batch, 3, 32, 32]")
-    shape = tree.convert(tuple[int | str, ...], full["shape"], f"inputs.{name}")
-    dtype = tree.convert(str, full["dtype"], "dtype") if "dtype" in full else "float32"
-    try:
-        return InputSpec(name=name, shape=shape, dtype=dtype)
-    except RecipeError as error:
-        raise tree.located(error, node) from error
 
 
 def _step(node: Node) -> Step:
@@ -310,11 +218,6 @@ def _longest_key(keys: Sequence[str], known: Mapping[str, Node]) -> tuple[str, i
         if ".".join(keys[:used]) in known:
             return ".".join(keys[:used]), used
     return keys[0].strip('"'), 1
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        raise RecipeError(f"{name}={value} is out of range", fix=f"use {least} or more")
 
 
 class _Loader(yaml.SafeLoader):
