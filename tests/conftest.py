@@ -23,10 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def unchecked(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let a test that passes wrong tensors on purpose see our own error and not jaxtyping's."""
+    shapes.seen.clear()
+    off = jaxtyping.config.jaxtyping_disable
     wrong = any(word in request.node.name for word in shapes.WRONG_ON_PURPOSE)
-    jaxtyping.config.update("jaxtyping_disable", wrong)
+    jaxtyping.config.update("jaxtyping_disable", off or wrong)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", off)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -30,7 +30,7 @@ def test_the_product_is_checked() -> None:
 
 @pytest.mark.usefixtures("checked")
 def test_one_name_is_one_size_and_what_is_no_tensor_is_left_alone() -> None:
-    @jaxtyping.jaxtyped(typechecker=shapes.check)
+    @shapes.sampled(typechecker=shapes.check)
     def product(a: jaxtyping.Float[Tensor, "n k"], b: jaxtyping.Float[Tensor, "k m"], note: int) -> Tensor:
         return a @ b
 
