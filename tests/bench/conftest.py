@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from paredown.bench import edge, measure
 from paredown.exporters.runner import RunnerOptions
 from paredown.optimizer.model import InputSpec

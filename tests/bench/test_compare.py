@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+
 from paredown.bench import compare
 from paredown.bench.edge import Row
-from rich.console import Console
 
 BASE = Row(
     artifact="dense.onnx",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
 from paredown.bench import edge, peak
 from paredown.exporters.runner import RunnerOptions
 from paredown.optimizer.errors import ExportError, InputError, RecipeError

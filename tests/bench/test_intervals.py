@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from paredown.bench.intervals import MIN_ROUNDS, block_length, median_interval, ratio, ratio_interval
 
 

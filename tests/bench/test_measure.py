@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+
 from paredown.bench.measure import Sampling, sample, settled
 from paredown.optimizer.errors import RecipeError
 

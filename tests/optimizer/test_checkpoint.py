@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from paredown.optimizer import checkpoint, huggingface
-from paredown.optimizer.errors import InputError, RuntimeMissingError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from paredown.optimizer import checkpoint, huggingface
+from paredown.optimizer.errors import InputError, RuntimeMissingError
 
 
 class Evil:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from paredown.optimizer import checkpoint
 from paredown.optimizer.errors import InputError
-from torch import Tensor, nn
 
 AGAIN = "save it again: torch.export.save(program, path)"
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
 from paredown.optimizer import data, entry
 from paredown.optimizer.errors import InputError
 from paredown.optimizer.model import InputSpec
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 X = InputSpec(name="x", shape=("batch", 3))
 IDS = InputSpec(name="ids", shape=("batch", "seq"), dtype="int64")

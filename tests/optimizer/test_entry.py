@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from paredown.optimizer import entry
 from paredown.optimizer.errors import InputError, RecipeError
 from paredown.optimizer.model import SourceFile
-from torch import nn
 
 NET = """
 import json

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from paredown.optimizer.errors import InputError
 from paredown.optimizer.metric import LARGE, drop, evaluate, interval, paired_drop, wilson
 

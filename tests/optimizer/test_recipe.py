@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paredown.optimizer import recipe, tree
 from paredown.optimizer.errors import RecipeError
 from paredown.optimizer.model import InputSpec

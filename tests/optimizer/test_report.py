@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
+
 from paredown.optimizer import report, verdict
 from paredown.optimizer.errors import InputError
 from paredown.optimizer.report_chart import Point, scatter, ticks
 from paredown.optimizer.report_format import DASH, mapping, size, span
-from PIL import Image
-from rich.console import Console
 
 from .example_report import Json, full_report, hostile_report, null_report, slower_report
 
