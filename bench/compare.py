@@ -83,9 +83,9 @@ def table(rows: Sequence[Row]) -> Table:
     from rich.text import Text
 
     starred = not all(row.stable for row in rows)
-    result = Table(
-        "artifact", box=SIMPLE_HEAD, show_edge=False, caption="* did not settle during the warm-up" if starred else None
-    )
+    caption = "* did not settle during the warm-up" if starred else None
+    result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
+    result.add_column("artifact", min_width=8, overflow="fold")
     for name in ("batch", "threads", "p50 ms", "95 %", "p90", "p99", "per s", "peak MB", "x baseline", "95 %"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:

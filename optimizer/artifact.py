@@ -57,6 +57,8 @@ class _RunnerModule(nn.Module):
     def __init__(self, runner: Any, job: Job) -> None:
         super().__init__()
         self.runner, self.graph = runner, job.graph
+        # Metrics ask `next(model.parameters()).device` where to put their data.
+        self.place = nn.Parameter(torch.zeros(0), requires_grad=False)
         self.names = [spec.name for spec in job.model.inputs]
         self.signature = inspect.signature(job.model.skeleton.forward)
 

@@ -2,7 +2,8 @@
 
 bias           each layer's mean output becomes what it was (Nagel et al. 2019, section 4.2, from data)
 normalization  mean and spread do, for layers into which a batch normalization was folded: the same as re-estimating
-               its running statistics, written into the layer's row scales and bias
+               its running statistics, written into the layer's row scales and bias; the mean alone for other layers.
+               Not tried where nothing was folded
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def choose(original: Model, compressed: Model, data: Data, kinds: Iterable[Kind]
     best, error = compressed, output_error(reference, walk(data.held_out, compressed.values()))
     notes = []
     for kind in kinds:
+        if kind == "normalization" and not any(edit["edit"] == "fold_norm" for edit in compressed.edits):
+            continue
         candidate = apply(best, data.fit, moments, kind)
         tried = output_error(reference, walk(data.held_out, candidate.values()))
         verdict = "kept" if tried < error else "dropped"

@@ -89,9 +89,16 @@ def resolve(entry: str, base: Path) -> Entry:
 def resolve_from_files(entry: str, files: Sequence[SourceFile]) -> Entry:
     """Load an entry from the texts that an output folder keeps; the first file is the entry's own.
 
-    Without files the entry is a module of this machine. The texts live in a temporary folder as long as the function.
+    Without files the entry is a function of an installed package, never a path or a module of Python itself. The texts
+    live in a temporary folder as long as the function.
     """
     if not files:
+        place, _ = parts(entry)
+        if place.endswith(".py") or place.partition(".")[0] in sys.stdlib_module_names:
+            fix = "an output folder names its own source file or an installed package"
+            raise InputError(
+                "refused: it would run code that the folder does not hold", where=f'entry "{entry}"', fix=fix
+            )
         return resolve(entry, Path())
     for file in files:
         name = PurePosixPath(file.name)

@@ -1,8 +1,8 @@
 """What a metric function returned, its 95 % interval, and the drop between two measurements of it.
 
-Unit: a metric is reported as it comes. Where all scores (or both values) lie in 0..1 it is a fraction, and a drop is
-given in percentage points, 100 * (before - after); otherwise a drop is before - after in the metric's own unit. The
-gate `max_drop` is compared with that number. Higher is better, so a positive drop is a loss.
+Unit: a metric is reported as it comes. Where all scores of the original (or its value) lie in 0..1 it is a fraction,
+and a drop is given in percentage points, 100 * (before - after); otherwise a drop is before - after in the metric's own
+unit. The gate `max_drop` is compared with that number. Higher is better, so a positive drop is a loss.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ Scores: TypeAlias = NDArray[np.float64]
 Interval: TypeAlias = tuple[float, float]
 
 RESAMPLES = 4000
+ROUNDING = 1e-4
+"""How far a fraction may leave 0..1: a cosine similarity of 1.0000001 is one."""
 LARGE = 20_000
 """Above this many samples the mean is normal enough, and resampling (n x RESAMPLES draws) would cost seconds."""
 _Z = NormalDist().inv_cdf(0.975)
@@ -103,7 +105,7 @@ def paired_drop(before: ArrayLike, after: ArrayLike, seed: int) -> tuple[float, 
             f"the metric scored {first.size} samples before and {second.size} after",
             fix="score the same samples in the same order",
         )
-    scale = _scale(first, second)
+    scale = _scale(first)
     differences = first - second
     binary = _is_binary(first) and _is_binary(second)
     low, high = _binary_interval(differences, seed) if binary else _mean_interval(differences, seed)
@@ -114,9 +116,9 @@ def drop(before: Metric, after: Metric, seed: int) -> Drop:
     """Return what the metric lost; without per-sample scores there is no interval."""
     if before.scores is not None and after.scores is not None:
         value, low, high = paired_drop(before.scores, after.scores, seed)
-        return Drop(value=value, ci95=(low, high), unit=_unit(before.scores, after.scores))
-    ends = np.array([before.value]), np.array([after.value])
-    return Drop(value=_scale(*ends) * (before.value - after.value), ci95=None, unit=_unit(*ends))
+        return Drop(value=value, ci95=(low, high), unit=_unit(before.scores))
+    first = np.array([before.value])
+    return Drop(value=_scale(first) * (before.value - after.value), ci95=None, unit=_unit(first))
 
 
 def _as_float64(result: ArrayLike, name: str) -> Scores:
@@ -135,13 +137,13 @@ def _is_binary(values: Scores) -> bool:
     return bool(np.all((values == 0) | (values == 1)))
 
 
-def _scale(before: Scores, after: Scores) -> float:
-    both = np.concatenate([before, after])
-    return 100.0 if both.min() >= 0 and both.max() <= 1 else 1.0
+def _scale(before: Scores) -> float:
+    """Return 100 for a fraction. The original alone decides: what compression does to scores must not change a unit."""
+    return 100.0 if before.min() >= -ROUNDING and before.max() <= 1 + ROUNDING else 1.0
 
 
-def _unit(before: Scores, after: Scores) -> str:
-    return "points" if _scale(before, after) == 100.0 else ""
+def _unit(before: Scores) -> str:
+    return "points" if _scale(before) == 100.0 else ""
 
 
 def _mean_interval(values: Scores, seed: int) -> Interval:

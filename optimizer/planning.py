@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import re
@@ -14,12 +15,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import scipy
 import torch
+from torch import Tensor, nn
 
 from . import checkpoint, cost, data, entry, huggingface, quantize, store
 from . import recipe as recipes
 from .errors import Error, ExportError, InfeasibleError, RecipeError, nearest
 from .graph import Graph
-from .model import Model, Source, from_module, from_tensors, skeleton_of
+from .model import InputSpec, Model, Source, from_module, from_tensors, skeleton_of
 from .quantize import Decision
 from .recipe import Recipe, Step
 from .walk import trace
@@ -73,6 +75,7 @@ def load_model(recipe: Recipe) -> Model:
         module, files = huggingface.build(path), huggingface.files(path)
     else:
         raise RecipeError("the model has no entry", where=recipe.at("model"), fix='write entry: "path.py:function"')
+    _check_order(module, spec.inputs, recipe.at("model"))
     if path is None:
         return from_module(module, spec.inputs, Source(entry=spec.entry, args=spec.args, files=files))
     try:
@@ -81,7 +84,33 @@ def load_model(recipe: Recipe) -> Model:
         raise type(error)(error.what, where=error.where or spec.checkpoint, fix=error.fix) from error
     known = file_sha256(path) if path.is_file() else ""
     source = Source(entry=spec.entry, args=spec.args, files=files, checkpoint_sha256=known)
-    return from_tensors(skeleton_of(module), values, spec.inputs, source)
+    return from_tensors(skeleton_of(_like(module, values, recipe)), values, spec.inputs, source)
+
+
+def _check_order(module: nn.Module, inputs: Sequence[InputSpec], where: str) -> None:
+    """Raise for inputs in another order than the network's forward takes them: they are passed by position."""
+    takes = list(inspect.signature(module.forward).parameters)
+    names = [spec.name for spec in inputs]
+    for place, name in enumerate(names):
+        if name in takes and takes.index(name) != place:
+            what = f'input "{name}" is number {place + 1}, forward({", ".join(takes)}) takes it as number '
+            raise RecipeError(what + str(takes.index(name) + 1), where=where, fix="list the inputs in that order")
+
+
+def _like(module: nn.Module, values: Mapping[str, Tensor], recipe: Recipe) -> nn.Module:
+    """Return a module of the checkpoint's dtype, if that has one: a float16 checkpoint stays float16."""
+    stored = {value.dtype for value in values.values() if value.is_floating_point()}
+    built = {value.dtype for value in module.parameters() if value.is_floating_point()}
+    if len(stored) != 1 or stored == built:
+        return module
+    (dtype,) = stored
+    name = str(dtype).removeprefix("torch.")
+    for spec in recipe.model.inputs if recipe.model else ():
+        if spec.dtype != name and getattr(torch, spec.dtype).is_floating_point:
+            what = f'the checkpoint is {name}, the input "{spec.name}" is {spec.dtype}'
+            fix = f"write {spec.name}: {{shape: {list(spec.shape)}, dtype: {name}}}, or convert the checkpoint"
+            raise RecipeError(what, where=recipe.at("model"), fix=fix)
+    return module.to(dtype)
 
 
 def plan(job: Job) -> list[Planned]:

@@ -30,9 +30,6 @@ MICRO_BATCH = 64
 """Samples per operator call while calibrating; all samples are alive at once whatever it is."""
 
 
-NO_GRAM = "without error feedback: a table of rows that are looked up has no gram of inputs"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """What to quantize. Every field of the quantizer's own Spec may stand beside these.
@@ -82,13 +79,12 @@ class Decision:
 class LayerResult:
     """What came of one layer: relative output error ||(W' - W) X|| / ||W X|| on its calibration inputs.
 
-    reason: why it stayed dense. note: what was done otherwise than asked.
+    reason: why it stayed dense. The inputs are those that it was fitted to, before corrections.
     """
 
     layer: str
     error_rel: float
     reason: str = ""
-    note: str = ""
 
 
 class Cache(Protocol):
@@ -168,18 +164,18 @@ def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: 
     module = folded.module()
     traced = trace(module, fit.batches)
     quantized, results = _quantize(folded, decisions, traced, hooks)
-    otherwise = tuple(f"{short(layer.layer)}: {layer.note}" for layer in results if layer.note)
     kinds = tuple(_corrections(spec))
     if not kinds:
-        return Result(model=quantized, layers=results, notes=otherwise)
+        return Result(model=quantized, layers=results, notes=())
     hooks.progress(1, 1, "corrections")
     data = correct.Data(fit=traced, held_out=trace(module, held.batches))
     corrected, notes = correct.choose(folded, quantized, data, kinds)
-    return Result(model=corrected, layers=results, notes=(*otherwise, *notes))
+    return Result(model=corrected, layers=results, notes=notes)
 
 
 def matches(pattern: str, layer: str) -> bool:
-    return fnmatch(layer, pattern) or fnmatch(short(layer), pattern)
+    """Return whether a glob means a layer; a name is a glob that means itself, brackets or not."""
+    return pattern in (layer, short(layer)) or fnmatch(layer, pattern) or fnmatch(short(layer), pattern)
 
 
 def short(layer: str) -> str:
@@ -225,8 +221,7 @@ def _quantize(
         weight = _solve(decision, matrix, stats, hooks.cache)
         done[site.param] = weight
         error = output_error(matrix, weight.dense(), stats)
-        note = NO_GRAM if stats.gram is None and decision.spec.format.feedback else ""
-        errors[site.param] = LayerResult(layer=site.param, error_rel=error, note=note)
+        errors[site.param] = LayerResult(layer=site.param, error_rel=error)
         return site.layout.to_param(weight.dense())
 
     walk(traced, values, Visitor(before=before))

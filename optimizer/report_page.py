@@ -91,7 +91,7 @@ def _tone(report: Report) -> Tone:
 
 def _cards(summary: Sequence[Line]) -> list[Line]:
     """Return the lines that a reader looks for first: metric, size, bits, latency."""
-    names = ("latency p50", "size on disk", "bits per weight")
+    names = ("latency p50", "weights on disk", "bits per weight")
     return [summary[0], *(line for name in names for line in summary if line.label.startswith(name))]
 
 

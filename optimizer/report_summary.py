@@ -51,7 +51,7 @@ class Pair:
 
 def lines(report: Report) -> list[Line]:
     """Return the before/after table: metric, sizes, then latencies of the first condition."""
-    found = [_metric_line(report), _ratio_line(report, "size on disk", "size_bytes"), _bits_line(report)]
+    found = [_metric_line(report), _ratio_line(report, "weights on disk", "size_bytes"), _bits_line(report)]
     found += [_ratio_line(report, name, name) for name in ("parameters", "macs") if number(report, "baseline", name)]
     return found + _latency_lines(report)
 

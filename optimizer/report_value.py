@@ -60,7 +60,10 @@ def weights(layer: Report) -> int | None:
 
 
 def is_fraction(report: Report) -> bool:
-    """Return whether the metric is a fraction, shown in per cent (the rule of metric.py, on the values)."""
+    """Return whether the metric is a fraction, shown in per cent: by its drop's unit, else the rule of metric.py."""
+    unit = at(report, "final", "drop_unit")
+    if unit is not None:
+        return unit == "points"
     values = [number(report, side, "metric", "value") for side in ("baseline", "final")]
     known = [value for value in values if value is not None]
     return bool(known) and all(0 <= value <= 1 for value in known)

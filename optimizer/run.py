@@ -23,7 +23,16 @@ from torch import nn
 
 from . import artifact, entry, planning, quantize, report, store, summary, workspace
 from . import recipe as recipes
-from .errors import AccuracyError, Error, ExportError, InputError, RecipeError, RuntimeMissingError, nearest
+from .errors import (
+    AccuracyError,
+    Error,
+    ExportError,
+    InfeasibleError,
+    InputError,
+    RecipeError,
+    RuntimeMissingError,
+    nearest,
+)
 from .metric import Metric, drop, evaluate
 from .model import Model
 from .planning import Job, Planned
@@ -155,7 +164,7 @@ class _Run:
             self.reporter.stage(f"{step.name} ({index + 1} of {len(planned)})")
             model, done = self._step(job, model, mark, (step, decisions))
             rows.append({"step": step.name, "spec": recipes.show_step(step), **done["row"]})
-            layers += [LayerResult(**item) for item in done["layers"]]
+            layers = _merged(layers, [LayerResult(**item) for item in done["layers"]])
             notes += [{"layer": "*", "kept": step.name, "reason": note} for note in done["notes"]]
         return model, rows, layers, notes
 
@@ -219,7 +228,7 @@ class _Run:
         final = summary.sizes(model, graph, after, self.recipe.seed)
         parts["final"] = final | {"bits_per_weight": summary.bits_per_weight(model)} | self._drop(before, after)
         if paths and self.recipe.bench is not None and failure is None:
-            self._bench(paths[0], parts)
+            failure = self._bench(paths[0], parts)
         return failure or self._gate(before, after)
 
     def _export(self, label: str, model: Model, target: str, name: str) -> Path:
@@ -237,18 +246,18 @@ class _Run:
         inputs = artifact.samples(job.calibration)
         spec = verify.Spec(batches=artifact.batches(job.model.inputs, inputs), inputs=inputs)
         try:
-            rows = verify.verify(model, path, exporter(path.suffix.removeprefix(".")).open, spec)
+            rows = verify.compare(model, path, exporter(path.suffix.removeprefix(".")).open, spec)
+            parts["verify"] += [dataclasses.asdict(row) for row in rows]
+            verify.judge(rows, path, verify.tolerance(model, spec))
         except ExportError as error:
-            parts["verify"] += [dataclasses.asdict(row) for row in getattr(error, "rows", [])]
             return error
-        parts["verify"] += [dataclasses.asdict(row) for row in rows]
         return None
 
     def _drop(self, before: Metric | None, after: Metric | None) -> dict[str, Any]:
         if before is None or after is None:
-            return {"drop": None, "drop_ci95": None}
+            return {"drop": None, "drop_ci95": None, "drop_unit": None}
         lost = drop(before, after, self.recipe.seed)
-        return {"drop": lost.value, "drop_ci95": lost.ci95}
+        return {"drop": lost.value, "drop_ci95": lost.ci95, "drop_unit": lost.unit}
 
     def _gate(self, before: Metric | None, after: Metric | None) -> Error | None:
         limit = self.recipe.gates.max_drop
@@ -263,7 +272,8 @@ class _Run:
             fix="use more bits, or keep the worst layers of the report dense with skip",
         )
 
-    def _bench(self, path: Path, parts: dict[str, Any]) -> None:
+    def _bench(self, path: Path, parts: dict[str, Any]) -> Error | None:
+        """Measure the file beside the original; slower is told, and with --strict an error if gates.never_slower."""
         from ..bench import compare, edge
 
         assert self.recipe.bench is not None
@@ -277,6 +287,10 @@ class _Run:
         parts["environment"]["bench_caution"] = compare.caution(rows)
         if is_slower(parts["bench"]):
             parts["decisions"].append({"layer": "*", "kept": "compressed", "reason": FOLDED})
+            if self.options.strict and self.recipe.gates.never_slower:
+                where = self.recipe.at("gates")
+                return InfeasibleError("the result is slower than the original", where=where, fix=FOLDED)
+        return None
 
     def _finish(self, parts: dict[str, Any], failure: Error | None) -> dict[str, Any]:
         self.reporter.stage("write the report")
@@ -299,8 +313,19 @@ def _planned(job: Job, options: Options) -> list[Planned]:
     return planned
 
 
+def _merged(before: Sequence[LayerResult], now: Sequence[LayerResult]) -> list[LayerResult]:
+    """Return one result per layer over all steps: that of the step which compressed it, if one did."""
+    found = {result.layer: result for result in before}
+    for result in now:
+        if not result.reason or result.layer not in found:
+            found[result.layer] = result
+    return list(found.values())
+
+
 def _decision_rows(job: Job, planned: Sequence[Planned]) -> list[dict[str, Any]]:
-    rows = [summary.decision_row(decision) for _, decisions in planned for decision in decisions]
+    taken = {decision.layer for _, decisions in planned for decision in decisions if decision.quantizer}
+    chosen = {d.layer: d for _, decisions in planned for d in decisions if d.quantizer or d.layer not in taken}
+    rows = [summary.decision_row(decision) for decision in chosen.values()]
     reason = "an embedding looks rows up, so that there is no error to feed back"
     lacking = planning.without_feedback(job, planned)
     return rows + [{"layer": layer, "fallback": "without error feedback", "reason": reason} for layer in lacking]

@@ -47,7 +47,7 @@ def layer_rows(model: Model, results: Sequence[LayerResult]) -> list[dict[str, A
                 "bits": getattr(weight, "code_bits", None) or 8 * weight.values.element_size(),  # type: ignore[union-attr]
                 "size_bytes": weight.bits() // 8,
                 "error_rel": result.error_rel,
-                "mode": "decoded to float",
+                "mode": "float" if isinstance(weight, Dense) else "decoded to float",
             }
         )
     return rows

@@ -214,12 +214,15 @@ def rebuild(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Weight:
     shape, bits = tuple(meta["shape"]), meta["code_bits"]
     if len(tensors["codes"]) != packed_bytes(math.prod(shape), bits):
         raise InputError(f"codes take {len(tensors['codes'])} bytes, which {shape} of {bits} bits do not")
+    dtype = getattr(torch, meta["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f'unknown dtype "{meta["dtype"]}"', fix="use the version of paredown that wrote it")
     common = {
         "codes": unpack(tensors["codes"], bits, shape),
         "scale": tensors["scale"],
         "code_bits": bits,
         "group": meta["group"],
-        "dtype": getattr(torch, meta["dtype"]),
+        "dtype": dtype,
     }
     if meta["format"] == "uniform":
         return Uniform(**common, zero=meta["zero"])

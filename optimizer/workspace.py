@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ class Workspace:
     def keep_failed(self) -> Path:
         """Move what was made aside as `<out>.failed` and return where it is."""
         failed = self.out.with_name(f"{self.out.name}.failed")
+        if failed.exists() and not _is_ours(failed):
+            failed = Path(tempfile.mkdtemp(prefix=f"{failed.name}-", dir=failed.parent))
         shutil.rmtree(failed, ignore_errors=True)
         self.folder.rename(failed)
         shutil.rmtree(self.cache, ignore_errors=True)
@@ -139,7 +142,7 @@ def open_workspace(out: Path, *, resume: bool, force: bool) -> Workspace:
     Raises RecipeError where `out` exists and neither --resume nor --force was given, where it is not a folder that
     optimize made, or where another run is writing to it.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     _check(out, resume=resume, force=force)
     with disk_errors(out):
         work = Workspace(out=out, lock=_lock(out))
@@ -207,10 +210,17 @@ def _check(out: Path, *, resume: bool, force: bool) -> None:
         raise RecipeError(what, fix="it is complete; use --force to replace it, or another --out" if resume else _FORCE)
     if out.exists() and not out.is_dir():
         raise RecipeError(f'"{out.name}" is a file', fix="use another --out")
-    if out.exists() and any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
+    if out.exists() and not _is_ours(out):
         raise RecipeError(f'the folder "{out.name}" was not made by optimize', fix="use another --out")
     if not out.parent.is_dir():
         raise RecipeError(f'the folder "{shown(out.parent)}" for the output does not exist', fix="make it first")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether a folder is empty or was made by optimize, and may be replaced."""
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or any((folder / name).is_file() for name in OURS)
 
 
 _FORCE = "use --force or another --out"

@@ -234,7 +234,7 @@ def test_diff_marks_what_differs(tmp_path: Path) -> None:
     assert shown.startswith("A  Faster")
     lines = {line.split("  ")[0].strip(): line for line in shown.splitlines()}
     assert lines["latency p50, batch 1, 1 thread"].rstrip().endswith("*")
-    assert not lines["size on disk"].rstrip().endswith("*")
+    assert not lines["weights on disk"].rstrip().endswith("*")
     assert "3.2 bits" in lines["fc"]
     assert "layer1.0.conv1" not in shown
 
