@@ -60,7 +60,7 @@ def _accuracy_table() -> str:
         "accuracy in points, mean of three draws of 512 unlabelled images (least to most), no training. 10,000 test "
         "images as JPEG, paired, and 1,000 lossless ones (ten images a point). Measured through the exported file by "
         "`python tests/real/figures.py accuracy`.\n",
-        "| network | bits | bits a weight | file, of the original's | loss, 10,000 JPEG | loss, 1,000 lossless |",
+        "| network | bits | bits a weight | weights, of the original's | loss, 10,000 JPEG | loss, 1,000 lossless |",
         "|---|---|---|---|---|---|",
     ]
     for network in NETWORKS:
