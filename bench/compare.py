@@ -86,7 +86,7 @@ def table(rows: Sequence[Row]) -> Table:
     caption = "* did not settle during the warm-up" if starred else None
     result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
     result.add_column("artifact", min_width=8, overflow="fold")
-    for name in ("batch", "threads", "p50 ms", "95 %", "p90", "p99", "per s", "peak MB", "x baseline", "95 %"):
+    for name in ("batch", "thr.", "p50 ms", "p90", "p99", "per s", "MB", "x baseline (95 %)"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         result.add_row(Text(row.artifact + "*" * (not row.stable)), *_cells(row))
@@ -96,20 +96,18 @@ def table(rows: Sequence[Row]) -> Table:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         str(row.batch),
-        str(row.threads or "default"),
+        str(row.threads or "all"),
         f"{row.latency_ms_p50:.3f}",
-        _range(row.ci95, 3),
         f"{row.latency_ms_p90:.3f}",
         f"{row.latency_ms_p99:.3f}",
-        f"{row.throughput_per_s:,.1f}",
+        f"{row.throughput_per_s:,.0f}",
         "-" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 1e6:.0f}",
-        f"{row.ratio_to_baseline:.2f}",
-        _range(row.ratio_ci95, 2),
+        f"{row.ratio_to_baseline:.2f} ({_range(row.ratio_ci95)})",
     )
 
 
-def _range(interval: tuple[float, float] | None, digits: int) -> str:
-    return "-" if interval is None else f"{interval[0]:.{digits}f}..{interval[1]:.{digits}f}"
+def _range(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.2f}..{interval[1]:.2f}"
 
 
 def _samples_ms(row: Row) -> list[list[float]]:

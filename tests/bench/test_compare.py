@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -118,3 +119,10 @@ def test_table_marks_what_did_not_settle() -> None:
     assert "0.48..0.52" in shown
     assert "Latencies had not settled" in shown
     assert shown.startswith("Faster")
+
+
+def test_the_table_is_whole_on_a_narrow_terminal() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    compare.show([BASE, _row(0.5, throughput_per_s=26_857.0)], console)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["small.onnx", "1", "1", "10.000", "11.000", "12.000", "26,857", "-", "0.50", "(0.48..0.52)"] in lines
