@@ -234,8 +234,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "dtype": (
         lambda f: edit_weight(f, "0.weight", dtype="float31"),
-        f"{JSON}: does not fit model.safetensors: AttributeError module 'torch' has no attribute 'float31'; "
-        "copy the folder again",
+        f'{JSON}: unknown dtype "float31"; use the version of paredown that wrote it',
     ),
     "format": (
         lambda f: edit_weight(f, "0.weight", format="ternary"),
