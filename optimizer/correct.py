@@ -86,7 +86,7 @@ def apply(model: Model, traced: Traced, moments: Mapping[str, Moments], kind: Ki
         now, want = _moments(site, outputs), moments[bias_name]
         weight = model.weights[site.param]
         gain = torch.ones_like(now.mean)
-        if kind == "normalization" and site.param in folded and isinstance(weight, (Codebook, Uniform, Dense)):
+        if kind == "normalization" and site.param in folded:
             gain = (want.std / now.std.clamp(min=1e-12)).clamp(1 / MAX_GAIN, MAX_GAIN)
             weights[site.param] = scale_rows(weight, gain)
         bias = model.tensors[bias_name]

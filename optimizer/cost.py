@@ -62,13 +62,13 @@ def _site_macs(site: Site, node: fx.Node) -> int:
 
 
 def _gram_macs(site: Site, node: fx.Node) -> int:
-    rows, columns = site.layout.to_matrix(torch.empty(site.layout.shape, device="meta")).shape
+    rows, columns = site.layout.matrix_shape
     return _site_macs(site, node) // max(1, rows) * columns * site.layout.groups
 
 
 def _solve_macs(site: Site) -> int:
     """Error feedback and table fitting: a Cholesky factor, then some passes over rows x columns^2."""
-    rows, columns = site.layout.to_matrix(torch.empty(site.layout.shape, device="meta")).shape
+    rows, columns = site.layout.matrix_shape
     return columns**3 * site.layout.groups + 20 * rows * columns**2
 
 

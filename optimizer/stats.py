@@ -89,16 +89,10 @@ def merge(parts: list[tuple[Site, LayerStats]]) -> LayerStats:
         raise InputError(
             "is used in two orientations and has no one set of inputs", where=f'"{used[0][0].param}"', fix="skip it"
         )
-    out = rows_in(used[0][0])
+    out, _ = used[0][0].layout.matrix_shape
     run = math.gcd(out, *(number for site, _ in used for number in (site.first, site.count)))
     groups = out // run if out // run <= MAX_ROW_GROUPS else 1
     return _spread(used, groups, out)
-
-
-def rows_in(site: Site) -> int:
-    """Return the rows of the whole matrix of a site's parameter, those that the site does not use included."""
-    layout = site.layout
-    return layout.shape[1] * layout.groups if layout.kind in ("matrix_t", "conv_transpose") else layout.shape[0]
 
 
 def _total(parts: list[LayerStats]) -> LayerStats:

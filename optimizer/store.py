@@ -116,7 +116,7 @@ def _assemble(
         else:
             own = {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
             weights[name] = rebuild(meta, own)
-        if layout.to_matrix(torch.empty(layout.shape, device="meta")).shape != weights[name].shape:
+        if layout.matrix_shape != weights[name].shape:
             raise ValueError(f"{name} of shape {weights[name].shape} is no parameter {layout.shape}")
     return Model(
         skeleton=skeleton,

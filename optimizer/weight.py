@@ -272,6 +272,11 @@ class Layout:
     shape: tuple[int, ...]
     groups: int = 1
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Return (out, in) of the matrix."""
+        return _shape(self.to_matrix(torch.empty(self.shape, device="meta")))
+
     def to_matrix(self, param: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
         if self.kind == "matrix_t":
             return param.T
