@@ -17,13 +17,13 @@ import scipy
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, cost, data, entry, huggingface, quantize, store
+from . import checkpoint, cost, data, entry, huggingface, store
 from . import recipe as recipes
 from .errors import Error, ExportError, InfeasibleError, RecipeError, nearest
 from .graph import Graph
 from .model import InputSpec, Model, Source, from_module, from_tensors, skeleton_of
-from .quantize import Decision
-from .recipe import Recipe, Step
+from .recipe import Recipe, Step, step_module
+from .steps import Decision, Ground, matches, short
 from .walk import trace
 from .workspace import code_sha256, file_sha256, fingerprint
 
@@ -40,6 +40,10 @@ class Job:
     calibration: data.Calibration
     graph: Graph
     fingerprint: str
+
+    @property
+    def ground(self) -> Ground:
+        return Ground(graph=self.graph, calibration=self.calibration, seed=self.recipe.seed)
 
 
 def load(recipe: Recipe) -> Job:
@@ -117,11 +121,8 @@ def plan(job: Job) -> list[Planned]:
     """Resolve every step of a recipe for its model."""
     planned: list[Planned] = []
     for step in job.recipe.steps:
-        if step.name != "quantize":
-            what = f'the step "{step.name}" cannot be planned by this version'
-            raise RecipeError(what, where=step.where, fix="use quantize")
         try:
-            decisions = quantize.plan(job.model, step.spec, step.extras[0], job.graph)
+            decisions = step_module(step.name).plan(job.model, step.spec, step.extras, job.ground)
         except RecipeError as error:
             raise RecipeError(error.what, where=error.where or step.where, fix=error.fix) from error
         planned.append((step, decisions))
@@ -134,11 +135,11 @@ def check_strict(planned: Sequence[Planned]) -> None:
     for step, decisions in planned:
         for decision in decisions:
             name, spec = decision.layer, step.spec
-            wanted = any(quantize.matches(p, name) for p in spec.layers)
-            wanted = wanted and not any(quantize.matches(p, name) for p in spec.skip)
-            if wanted and not decision.quantizer:
+            wanted = any(matches(p, name) for p in spec.layers)
+            wanted = wanted and not any(matches(p, name) for p in spec.skip)
+            if wanted and not decision.method:
                 raise InfeasibleError(
-                    f'layer "{quantize.short(name)}" would stay dense: {decision.reason}',
+                    f'layer "{short(name)}" would stay dense: {decision.reason}',
                     where=step.where,
                     fix="name it in skip, or run without --strict",
                 )
@@ -147,13 +148,13 @@ def check_strict(planned: Sequence[Planned]) -> None:
 def without_feedback(job: Job, planned: Sequence[Planned]) -> list[str]:
     """Return the layers for which error feedback was asked and cannot be: an embedding looks rows up."""
     uses = job.graph.of_param()
-    asked = [d.layer for _, decisions in planned for d in decisions if d.quantizer and d.spec.format.feedback]
+    asked = [d.layer for _, decisions in planned for d in decisions if d.method and d.spec.format.feedback]
     return [layer for layer in asked if all(site.kind == "embedding" for site in uses.get(layer, ()))]
 
 
 def plan_data(planned: Sequence[tuple[Step, Sequence[Decision]]]) -> dict[str, Any]:
     """Return a plan as data for plan.yaml."""
-    steps = [{s.name: {d.layer: quantize.describe(d) for d in decisions}} for s, decisions in planned]
+    steps = [{s.name: {d.layer: step_module(s.name).describe(d) for d in decisions}} for s, decisions in planned]
     return {"schema": SCHEMA, "steps": steps}
 
 
@@ -172,7 +173,7 @@ def replay(path: Path, job: Job) -> list[Planned]:
         raise RecipeError(f"it plans {have}, the recipe {want}", where=where, fix="use the plan of this recipe")
     try:
         pairs = zip(job.recipe.steps, items, strict=True)
-        planned = [(step, _replayed(item[step.name], job.model)) for step, item in pairs]
+        planned = [(step, _replayed(step, item[step.name], job)) for step, item in pairs]
     except RecipeError as error:
         where = f"{path}, {error.where}" if error.where else where
         raise RecipeError(error.what, where=where, fix=error.fix) from error
@@ -188,9 +189,9 @@ def explain(job: Job, planned: Sequence[Planned]) -> str:
         for decision in decisions:
             weight = job.model.weights[decision.layer]
             size = f"{weight.shape[0]} x {weight.shape[1]}, {weight.bits() // 8} bytes"
-            what = f"{decision.quantizer}, {decision.spec.format.bits} bits" if decision.quantizer else "dense"
+            what = step_module(step.name).shown(decision) if decision.method else "dense"
             why = decision.reason or "as the recipe says"
-            lines.append(f"  {quantize.short(decision.layer)}: {size} -> {what} ({why})")
+            lines.append(f"  {short(decision.layer)}: {size} -> {what} ({why})")
     return "\n".join(lines)
 
 
@@ -199,7 +200,7 @@ def forecast(job: Job, planned: Sequence[Planned]) -> str:
     batch = job.calibration.batches[0]
     base = 3 * job.model.size_bytes() + sum(x.nbytes for part in job.calibration.batches for x in part)
     guess = cost.estimate(job.graph, batch, job.calibration.samples, base)
-    layers = sum(bool(decision.quantizer) for _, decisions in planned for decision in decisions)
+    layers = sum(bool(decision.method) for _, decisions in planned for decision in decisions)
     return (
         f"{explain(job, planned)}\n{layers} layers on {job.calibration.samples} samples: "
         f"about {max(1, round(guess.seconds))} s and {guess.peak_bytes / 2**20:.0f} MiB for the steps; "
@@ -207,18 +208,20 @@ def forecast(job: Job, planned: Sequence[Planned]) -> str:
     )
 
 
-def _replayed(layers: Any, model: Model) -> tuple[Decision, ...]:
+def _replayed(step: Step, layers: Any, job: Job) -> tuple[Decision, ...]:
+    module = step_module(step.name)
+    known = module.names(job.model, job.ground)
     by_hand = 'write {keep: "by hand"} to leave it dense'
     layers = layers if isinstance(layers, Mapping) else {}
     for layer in layers:
-        if layer not in model.weights:
-            raise RecipeError(f'the model has no layer "{layer}"', fix=nearest(str(layer), model.weights))
+        if layer not in known:
+            raise RecipeError(f'the model has no layer "{layer}"', fix=nearest(str(layer), known))
         if not isinstance(layers[layer], Mapping):
             raise RecipeError(f'layer "{layer}" is planned without keys', fix=by_hand)
-    absent = next((layer for layer in model.weights if layer not in layers), None)
+    absent = next((layer for layer in known if layer not in layers), None)
     if absent:
         raise RecipeError(f'it says nothing about layer "{absent}"', fix=by_hand)
-    return tuple(quantize.restore(layer, fields) for layer, fields in layers.items())
+    return tuple(module.restore(layer, fields) for layer, fields in layers.items())
 
 
 def _check_once(planned: Sequence[Planned]) -> None:
@@ -226,14 +229,13 @@ def _check_once(planned: Sequence[Planned]) -> None:
     taken: dict[str, str] = {}
     for step, decisions in planned:
         for decision in decisions:
-            if decision.quantizer and decision.layer in taken:
+            if decision.method and decision.layer in taken:
                 raise RecipeError(
-                    f'layer "{quantize.short(decision.layer)}" is compressed already by the step at '
-                    f"{taken[decision.layer]}",
+                    f'layer "{short(decision.layer)}" is compressed already by the step at {taken[decision.layer]}',
                     where=step.where,
                     fix="name it in one step only, with layers or skip",
                 )
-            if decision.quantizer:
+            if decision.method:
                 taken[decision.layer] = step.where
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -23,6 +21,7 @@ from .errors import Error, InfeasibleError, RecipeError, nearest
 from .graph import Graph, Site
 from .model import Model
 from .stats import LayerStats, Stats, collect, observe
+from .steps import Cache, Decision, Ground, Hooks, LayerResult, Result, check_globs, matches, output_error, short
 from .walk import Reader, Traced, Visitor, trace, walk
 from .weight import Dense, Weight
 
@@ -65,52 +64,6 @@ class Quantizer(Protocol):
     def quantize(self, w: Float[Tensor, "out in"], stats: LayerStats | None, spec: Any) -> Weight: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What happens to one layer: a quantizer with its spec, or nothing and why."""
-
-    layer: str
-    quantizer: str = ""
-    spec: Any = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerResult:
-    """What came of one layer: relative output error ||(W' - W) X|| / ||W X|| on its calibration inputs.
-
-    reason: why it stayed dense. The inputs are those that it was fitted to, before corrections.
-    """
-
-    layer: str
-    error_rel: float
-    reason: str = ""
-
-
-class Cache(Protocol):
-    """Where finished layers are kept, so that a killed run goes on from them."""
-
-    def get(self, key: str) -> Weight | None: ...
-
-    def put(self, key: str, weight: Weight) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hooks:
-    """What a run lends to a step: where to report progress (done, total, label) and where to keep layers."""
-
-    progress: Callable[[float, float, str], None] = lambda done, total, label: None
-    cache: Cache | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Result:
-    model: Model
-    layers: tuple[LayerResult, ...]
-    notes: tuple[str, ...]
-
-
 def quantizer_module(name: str) -> Quantizer:
     """Return `quantizers/<name>.py`, or somebody else's module where the name has a dot."""
     known = sorted(p.stem for p in (Path(__file__).parent / "quantizers").glob("*.py") if p.stem != "__init__")
@@ -130,20 +83,21 @@ def spec_types(fields: Mapping[str, Any]) -> tuple[type, ...]:
     return Spec, quantizer_module(str(fields.get("quantizer", "lnq"))).Spec
 
 
-def plan(model: Model, spec: Spec, options: Any, graph: Graph) -> tuple[Decision, ...]:
-    """Resolve globs and overrides to one decision per layer, in graph order.
+def names(model: Model, ground: Ground) -> Sequence[str]:
+    """Return every weight, those of the graph first and in its order."""
+    uses = ground.graph.of_param()
+    return [*(name for name in uses if name in model.weights), *(name for name in model.weights if name not in uses)]
+
+
+def plan(model: Model, spec: Spec, extras: tuple[Any, ...], ground: Ground) -> tuple[Decision, ...]:
+    """Resolve globs and overrides to one decision per layer, in graph order; `extras` is the quantizer's Spec.
 
     Raises RecipeError for a glob that matches nothing, an unknown field, or a layer that is compressed already.
     """
-    uses = graph.of_param()
-    names = [*uses, *(name for name in model.weights if name not in uses)]
-    for pattern in (*spec.layers, *spec.skip, *spec.override):
-        if not any(matches(pattern, name) for name in names):
-            raise RecipeError(f'"{pattern}" matches no layer', fix=nearest(pattern, [short(name) for name in names]))
+    uses, (options,) = ground.graph.of_param(), extras
+    check_globs((*spec.layers, *spec.skip, *spec.override), list(dict.fromkeys((*uses, *names(model, ground)))))
     decisions = []
-    for name in names:
-        if name not in model.weights:
-            continue
+    for name in names(model, ground):
         reason = _kept_because(name, spec, uses)
         if reason:
             decisions.append(Decision(layer=name, reason=reason))
@@ -153,7 +107,7 @@ def plan(model: Model, spec: Spec, options: Any, graph: Graph) -> tuple[Decision
                 f'layer "{short(name)}" is compressed already', fix="quantize each layer in one step only"
             )
         quantizer, layer_spec = _resolve(name, spec, options)
-        decisions.append(Decision(layer=name, quantizer=quantizer, spec=layer_spec))
+        decisions.append(Decision(layer=name, method=quantizer, spec=layer_spec))
     return tuple(decisions)
 
 
@@ -173,21 +127,11 @@ def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: 
     return Result(model=corrected, layers=results, notes=notes)
 
 
-def matches(pattern: str, layer: str) -> bool:
-    """Return whether a glob means a layer; a name is a glob that means itself, brackets or not."""
-    return pattern in (layer, short(layer)) or fnmatch(layer, pattern) or fnmatch(short(layer), pattern)
-
-
-def short(layer: str) -> str:
-    """Return a layer's name as people write it: "conv1" for "conv1.weight"."""
-    return layer.removesuffix(".weight")
-
-
 def describe(decision: Decision) -> dict[str, Any]:
     """Return a decision as plain data for plan.yaml."""
-    if not decision.quantizer:
+    if not decision.method:
         return {"keep": decision.reason}
-    return {"quantizer": decision.quantizer, **_flat(decision.spec)}
+    return {"quantizer": decision.method, **_flat(decision.spec)}
 
 
 def restore(layer: str, data: Mapping[str, Any]) -> Decision:
@@ -198,14 +142,19 @@ def restore(layer: str, data: Mapping[str, Any]) -> Decision:
     spec = _changed(
         quantizer_module(name).Spec(format=Format()), {k: v for k, v in data.items() if k != "quantizer"}, layer
     )
-    return Decision(layer=layer, quantizer=name, spec=spec)
+    return Decision(layer=layer, method=name, spec=spec)
+
+
+def shown(decision: Decision) -> str:
+    """Return a decision in a few words."""
+    return f"{decision.method}, {decision.spec.format.bits} bits"
 
 
 def _quantize(
     model: Model, decisions: Sequence[Decision], traced: Traced, hooks: Hooks
 ) -> tuple[Model, tuple[LayerResult, ...]]:
     uses = traced.graph.of_param()
-    pending = {d.layer: d for d in decisions if d.quantizer}
+    pending = {d.layer: d for d in decisions if d.method}
     values = model.values()
     shared = _collect_shared(traced, values, pending, uses)
     done: dict[str, Weight] = {}
@@ -232,7 +181,7 @@ def _quantize(
 
 
 def _fold(model: Model, decisions: Sequence[Decision], graph: Graph) -> Model:
-    wanted = {decision.layer for decision in decisions if decision.quantizer}
+    wanted = {decision.layer for decision in decisions if decision.method}
     return fold.apply(model, tuple(f for f in fold.plan(model, graph) if f"{f.into}.weight" in wanted))
 
 
@@ -252,28 +201,14 @@ def _solve(decision: Decision, matrix: Tensor, stats: LayerStats, cache: Cache |
     if stats.gram is None and getattr(spec.format, "feedback", False):
         spec = replace(spec, format=replace(spec.format, feedback=False))
     try:
-        weight = quantizer_module(decision.quantizer).quantize(matrix, stats, spec)
+        weight = quantizer_module(decision.method).quantize(matrix, stats, spec)
     except Error as error:
         raise type(error)(error.what, where=f'layer "{short(decision.layer)}"', fix=error.fix) from error
     if not torch.isfinite(weight.dense()).all():
-        raise InfeasibleError(f'layer "{short(decision.layer)}" has non-finite weights after {decision.quantizer}')
+        raise InfeasibleError(f'layer "{short(decision.layer)}" has non-finite weights after {decision.method}')
     if cache:
         cache.put(decision.layer, weight)
     return weight
-
-
-def output_error(before: Float[Tensor, "out in"], after: Float[Tensor, "out in"], stats: LayerStats) -> float:
-    """Return ||(after - before) X|| / ||before X|| from the gram; plain Frobenius norms where there is none."""
-    delta, reference = (after.double() - before.double()), before.double()
-    return math.sqrt(_energy(delta, stats) / max(_energy(reference, stats), 1e-300))
-
-
-def _energy(matrix: Tensor, stats: LayerStats) -> float:
-    if stats.gram is None:
-        weights = torch.ones(len(matrix), dtype=torch.float64) if stats.row_counts is None else stats.row_counts
-        return float((matrix.square().sum(1) * weights).sum())
-    grouped = matrix.reshape(len(stats.gram), -1, matrix.shape[1])
-    return max(0.0, float((grouped @ stats.gram * grouped).sum()))
 
 
 def _kept_because(name: str, spec: Spec, uses: Mapping[str, Sequence[Site]]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 
@@ -22,6 +22,9 @@ from .sections import MetricSpec as MetricSpec
 from .sections import ModelSpec as ModelSpec
 from .sections import at_least
 from .tree import Node
+
+if TYPE_CHECKING:
+    from .steps import StepModule
 
 DATA_VARIABLE, DATA_DEFAULT = "PAREDOWN_DATA", "../shared/data"
 MAX_VALUES = 100_000
@@ -300,6 +303,11 @@ class _Tree:
                 raise RecipeError(f'the key "{key.value}" is there twice', where=where, fix="remove one")
             entries[key.value] = self.convert(value, key.start_mark.line)
         return entries
+
+
+def step_module(name: str) -> StepModule:
+    """Return the module of a step that a recipe names."""
+    return cast("StepModule", importlib.import_module(_STEPS.get(name, name)))
 
 
 def show_step(step: Step) -> dict[str, Any]:

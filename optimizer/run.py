@@ -13,15 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
-from . import artifact, entry, planning, quantize, report, store, summary, workspace
+from . import artifact, entry, planning, report, store, summary, workspace
 from . import recipe as recipes
 from .errors import (
     AccuracyError,
@@ -37,8 +36,8 @@ from .metric import Metric, drop, evaluate
 from .model import Model
 from .planning import Job, Planned
 from .progress import Reporter
-from .quantize import Decision, LayerResult
-from .recipe import Recipe
+from .recipe import Recipe, Step, step_module
+from .steps import Decision, Hooks, LayerResult
 from .verdict import is_slower
 from .walk import trace
 from .workspace import Workspace, fingerprint
@@ -160,7 +159,8 @@ class _Run:
         layers: list[LayerResult] = []
         notes: list[dict[str, Any]] = []
         for index, (step, decisions) in enumerate(planned):
-            mark = fingerprint(mark, step.spec, [quantize.describe(d) for d in decisions], _foreign_code(decisions))
+            described = [step_module(step.name).describe(decision) for decision in decisions]
+            mark = fingerprint(mark, step.name, step.spec, described, _foreign_code(step, decisions))
             self.reporter.stage(f"{step.name} ({index + 1} of {len(planned)})")
             model, done = self._step(job, model, mark, (step, decisions))
             rows.append({"step": step.name, "spec": recipes.show_step(step), **done["row"]})
@@ -175,8 +175,8 @@ class _Run:
         step, decisions = planned
         started = time.monotonic()
         summary.reset_peak_rss()
-        hooks = quantize.Hooks(progress=self.reporter.update, cache=self.work.layers(mark), seed=self.recipe.seed)
-        result = quantize.apply(model, step.spec, decisions, job.calibration, hooks)
+        hooks = Hooks(progress=self.reporter.update, cache=self.work.layers(mark), seed=self.recipe.seed)
+        result = step_module(step.name).apply(model, step.spec, decisions, job.calibration, hooks)
         total = [layer.error_rel for layer in result.layers if not layer.reason]
         row = {
             "seconds": time.monotonic() - started,
@@ -323,18 +323,19 @@ def _merged(before: Sequence[LayerResult], now: Sequence[LayerResult]) -> list[L
 
 
 def _decision_rows(job: Job, planned: Sequence[Planned]) -> list[dict[str, Any]]:
-    taken = {decision.layer for _, decisions in planned for decision in decisions if decision.quantizer}
-    chosen = {d.layer: d for _, decisions in planned for d in decisions if d.quantizer or d.layer not in taken}
-    rows = [summary.decision_row(decision) for decision in chosen.values()]
+    taken = {decision.layer for _, decisions in planned for decision in decisions if decision.method}
+    made = [(step, d) for step, decisions in planned for d in decisions if d.method]
+    kept = {d.layer: (step, d) for step, decisions in planned for d in decisions if d.layer not in taken}
+    rows = [summary.decision_row(step, decision) for step, decision in (*made, *kept.values())]
     reason = "an embedding looks rows up, so that there is no error to feed back"
     lacking = planning.without_feedback(job, planned)
     return rows + [{"layer": layer, "fallback": "without error feedback", "reason": reason} for layer in lacking]
 
 
-def _foreign_code(decisions: Sequence[Decision]) -> list[str]:
-    """Return the source of quantizers that are not ours, which `code_sha256` does not cover."""
-    names = sorted({decision.quantizer for decision in decisions if "." in decision.quantizer})
-    return [inspect.getsource(cast(ModuleType, quantize.quantizer_module(name))) for name in names]
+def _foreign_code(step: Step, decisions: Sequence[Decision]) -> list[str]:
+    """Return the source of steps and methods that are not ours, which `code_sha256` does not cover."""
+    names = sorted({name for name in (step.name, *(d.method for d in decisions)) if "." in name})
+    return [inspect.getsource(importlib.import_module(name)) for name in names]
 
 
 def exporter(target: str, where: str = "") -> Any:

@@ -12,7 +12,8 @@ from . import cost
 from .graph import Graph
 from .metric import Metric
 from .model import Model
-from .quantize import Decision, LayerResult
+from .recipe import Step, step_module
+from .steps import Decision, LayerResult
 from .weight import Dense, format_name
 
 
@@ -53,10 +54,9 @@ def layer_rows(model: Model, results: Sequence[LayerResult]) -> list[dict[str, A
     return rows
 
 
-def decision_row(decision: Decision) -> dict[str, Any]:
-    if decision.quantizer:
-        text = f"{decision.quantizer}, {decision.spec.format.bits} bits"
-        return {"layer": decision.layer, "kept": text, "reason": "as the recipe says"}
+def decision_row(step: Step, decision: Decision) -> dict[str, Any]:
+    if decision.method:
+        return {"layer": decision.layer, "kept": step_module(step.name).shown(decision), "reason": "as the recipe says"}
     return {"layer": decision.layer, "fallback": "dense", "reason": decision.reason}
 
 

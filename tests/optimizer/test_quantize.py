@@ -21,9 +21,10 @@ from paredown.optimizer.data import Calibration
 from paredown.optimizer.errors import InfeasibleError, RecipeError
 from paredown.optimizer.graph import quiet_export
 from paredown.optimizer.model import InputSpec, Model, Source, from_module
-from paredown.optimizer.quantize import Decision, Hooks, Result, Spec
+from paredown.optimizer.quantize import Spec
 from paredown.optimizer.quantizers import kmeans, lnq, uniform
 from paredown.optimizer.stats import LayerStats
+from paredown.optimizer.steps import Decision, Ground, Hooks, Result
 from paredown.optimizer.walk import trace
 from paredown.optimizer.weight import Codebook, Dense, Uniform, Weight
 
@@ -58,7 +59,7 @@ def quantized(name: str, quantizer: str) -> tuple[Result, tuple[Decision, ...]]:
     """Return a network of the zoo after the step, without corrections."""
     net = case(name)
     spec = Spec(quantizer=quantizer, correct_bias=False, reestimate=False)
-    decisions = quantize.plan(net.model, spec, OPTIONS[quantizer], net.traced.graph)
+    decisions = quantize.plan(net.model, spec, (OPTIONS[quantizer],), Ground(graph=net.traced.graph))
     return quantize.apply(net.model, spec, decisions, calibration(net.net), Hooks()), decisions
 
 
@@ -140,7 +141,7 @@ def until(original: Model, result: Model, layer: str, order: list[str]) -> Model
 @pytest.mark.parametrize("name", ["separable", "cross_attention", "llama", "gru"])
 def test_two_runs_give_the_same_bytes(name: str) -> None:
     net, spec = case(name), Spec(quantizer="lnq")
-    decisions = quantize.plan(net.model, spec, OPTIONS["lnq"], net.traced.graph)
+    decisions = quantize.plan(net.model, spec, (OPTIONS["lnq"],), Ground(graph=net.traced.graph))
     one, two = (quantize.apply(net.model, spec, decisions, calibration(net.net), Hooks()) for _ in range(2))
     assert one.layers == two.layers
     assert one.notes == two.notes
@@ -152,7 +153,7 @@ def test_two_runs_give_the_same_bytes(name: str) -> None:
 def test_corrections_are_judged_on_data_that_nothing_else_saw() -> None:
     net = case("residual")
     spec = Spec(quantizer="lnq")
-    decisions = quantize.plan(net.model, spec, OPTIONS["lnq"], net.traced.graph)
+    decisions = quantize.plan(net.model, spec, (OPTIONS["lnq"],), Ground(graph=net.traced.graph))
     result = quantize.apply(net.model, spec, decisions, calibration(net.net), Hooks())
     held = data.split(calibration(net.net), 0.125, 0)[1].batches[0]
     plain = quantized("residual", "lnq")[0].model
@@ -186,7 +187,7 @@ def test_later_layers_see_the_quantized_prefix() -> None:
     model, x = two(), torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
     options = lnq.Spec(format=Format(bits=2, feedback=True))
     spec = Spec(quantizer="lnq", correct_bias=False, reestimate=False)
-    decisions = quantize.plan(model, spec, options, trace(model.module(), [(x,)]).graph)
+    decisions = quantize.plan(model, spec, (options,), Ground(graph=trace(model.module(), [(x,)]).graph))
     result = quantize.apply(model, spec, decisions, data.batches(x, model.inputs, 32), Hooks())
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     kept = torch.ones(32, dtype=torch.bool)
@@ -206,15 +207,15 @@ def test_later_layers_see_the_quantized_prefix() -> None:
 def planned(spec: Spec, model: Model | None = None, options: Any = None) -> dict[str, Decision]:
     model = model or two()
     graph = trace(model.module(), [(torch.zeros(2, 6),)]).graph
-    return {d.layer: d for d in quantize.plan(model, spec, options or OPTIONS[spec.quantizer], graph)}
+    return {d.layer: d for d in quantize.plan(model, spec, (options or OPTIONS[spec.quantizer],), Ground(graph=graph))}
 
 
 def test_globs_choose_layers() -> None:
-    assert [d.quantizer for d in planned(Spec()).values()] == ["lnq", "lnq"]
+    assert [d.method for d in planned(Spec()).values()] == ["lnq", "lnq"]
     only = planned(Spec(layers=("sec*",)))
     assert (only["first.weight"].reason, only["second.weight"].reason) == ("not among the recipe's layers", "")
     skipped = planned(Spec(skip=("first",)))
-    assert (skipped["first.weight"].reason, skipped["first.weight"].quantizer) == ("skipped by the recipe", "")
+    assert (skipped["first.weight"].reason, skipped["first.weight"].method) == ("skipped by the recipe", "")
     assert planned(Spec(skip=("*.weight",)))["second.weight"].reason == "skipped by the recipe"
 
 
@@ -222,8 +223,8 @@ def test_overrides_change_fields_one_after_the_other() -> None:
     override = {"*": {"bits": 3}, "second": {"bits": 8, "quantizer": "uniform"}}
     found = planned(Spec(override=override))
     first, second = found["first.weight"], found["second.weight"]
-    assert (first.quantizer, first.spec.format.bits, first.spec.rounds) == ("lnq", 3, 2)
-    assert (second.quantizer, second.spec) == ("uniform", uniform.Spec(format=Format(bits=8, feedback=True)))
+    assert (first.method, first.spec.format.bits, first.spec.rounds) == ("lnq", 3, 2)
+    assert (second.method, second.spec) == ("uniform", uniform.Spec(format=Format(bits=8, feedback=True)))
     grouped = planned(Spec(override={"first": {"rounds": 7, "group": 5}}))["first.weight"].spec
     assert (grouped.rounds, grouped.format.group, grouped.format.feedback) == (7, 5, True)
 
@@ -264,7 +265,7 @@ def test_a_layer_is_quantized_once() -> None:
     result, _ = quantized("waves", "kmeans")
     graph = trace(result.model.module(), [ZOO["waves"].batch(1)]).graph
     with pytest.raises(RecipeError) as caught:
-        quantize.plan(result.model, Spec(), OPTIONS["lnq"], graph)
+        quantize.plan(result.model, Spec(), (OPTIONS["lnq"],), Ground(graph=graph))
     assert str(caught.value) == 'layer "encode" is compressed already; quantize each layer in one step only'
 
 
@@ -341,7 +342,7 @@ def test_errors_carry_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def broken(spec: Spec) -> list[Decision]:
-    return [replace(decision, quantizer="broken.module") for decision in planned(spec).values()]
+    return [replace(decision, method="broken.module") for decision in planned(spec).values()]
 
 
 def raiser(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paredown.optimizer import entry, metric, planning, quantize, recipe, run, workspace
+from paredown.optimizer import entry, metric, planning, recipe, run, steps, workspace
 from paredown.optimizer.errors import InputError, RecipeError
-from paredown.optimizer.quantize import LayerResult
+from paredown.optimizer.steps import LayerResult
 
 SOURCE = """
 import torch
@@ -98,8 +98,8 @@ def test_each_layer_is_reported_once_by_the_step_that_compressed_it() -> None:
 
 
 def test_a_name_with_brackets_is_a_glob_that_means_itself() -> None:
-    assert quantize.matches("m.a[red]", "m.a[red].weight")
-    assert not quantize.matches("m.a[red]", "m.b.weight")
+    assert steps.matches("m.a[red]", "m.a[red].weight")
+    assert not steps.matches("m.a[red]", "m.b.weight")
 
 
 def test_an_exported_file_tells_a_metric_its_device() -> None:
