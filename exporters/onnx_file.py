@@ -13,6 +13,7 @@ from onnxscript.optimizer import fold_constants_ir
 from ..kernels.lut_linear import DOMAIN
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
+from .onnx_qdq import place
 from .onnx_trace import name_outputs, quiet_loggers, trace
 from .onnx_weights import add_functions, replace_weights
 
@@ -28,6 +29,7 @@ def write(model: Model, path: Path, options: Options) -> None:
     """Write a model to `path`, with weights above `options.external_bytes` in "<path>.data" beside it."""
     example = options.example or model.examples(2)
     graph = trace(model.module(), model.inputs, example, options.opset)
+    place(graph.graph, model)
     replace_weights(graph, model.weights, model.layouts, model.aliases())
     _clean(graph)
     name_outputs(graph.graph)

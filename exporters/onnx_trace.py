@@ -17,9 +17,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ..optimizer.activations_module import free_dims, named_dims
 from ..optimizer.errors import Error, ExportError
 from ..optimizer.graph import capture, module_path, quiet_export
 from ..optimizer.model import InputSpec
+from .onnx_qdq import translations
 
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
 """Loggers that report, at WARNING, what no user can act on (a missing torchvision, skipped folds)."""
@@ -103,10 +105,10 @@ def _program(
 ) -> torch.onnx.ONNXProgram:
     """Export with named dimensions; where torch refuses the names, let it find the dimensions itself."""
     try:
-        return _export(module, example, opset, _named_dims(inputs))
+        return _export(module, example, opset, named_dims(inputs))
     except Exception as first:
         try:
-            return _export(module, example, opset, _free_dims(inputs))
+            return _export(module, example, opset, free_dims(inputs))
         except Exception:
             raise _reason(first, module, example) from first
 
@@ -121,20 +123,10 @@ def _export(module: nn.Module, example: tuple[Tensor, ...], opset: int, dims: An
             verbose=False,
             opset_version=opset,
             dynamic_shapes=dims,
+            custom_translation_table=translations(),
         )
     assert program is not None
     return program
-
-
-def _named_dims(inputs: Sequence[InputSpec]) -> tuple[dict[int, Any], ...]:
-    names = {size for spec in inputs for size in spec.shape if isinstance(size, str)}
-    dims = {name: torch.export.Dim(name, min=1) for name in names}
-    return tuple({i: dims[size] for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
-
-
-def _free_dims(inputs: Sequence[InputSpec]) -> tuple[dict[int, Any], ...]:
-    auto = torch.export.Dim.AUTO
-    return tuple({i: auto for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
 
 
 def _reason(error: Exception, module: nn.Module, example: tuple[Tensor, ...]) -> ExportError:

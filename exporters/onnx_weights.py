@@ -1,8 +1,9 @@
 """Replace the dense weights of an ONNX graph by their packed forms.
 
 A linear layer becomes one `paredown::LutLinear` per codebook (two after another for a low rank, their sum for a sum),
-then the bias as its own Add. Every other use of a weight (convolution, embedding, recurrent matrices) reads
-`paredown::LutDecode`, reshaped to the parameter. Uses of one weight share its tensors.
+then the bias as its own Add. A convolution by a low rank becomes two, the second 1x1. Every other use of a weight
+(convolution, embedding, recurrent matrices) reads `paredown::LutDecode`, reshaped to the parameter. Uses of one weight
+share its tensors.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def replace_weights(
         if isinstance(weight, Dense):
             _turn_dense(graph, value, weight)
             continue
+        if isinstance(weight, LowRank):
+            for node in list(_convolutions(value, layout)):
+                _divide(graph, node, weight, _Stored(weight=weight, layout=layout, name=name))
         for use in list(_linear_uses(value, layout)):
             _fuse(graph, use.product, _Stored(weight=weight, layout=layout, name=name))
         if any(True for _ in _readers(value)):
@@ -138,6 +142,31 @@ def _fuse(root: ir.Graph, old: ir.Node, stored: _Stored) -> None:
     _take_over(result, value)
 
 
+def _divide(root: ir.Graph, old: ir.Node, weight: LowRank, stored: _Stored) -> None:
+    """Replace a convolution by itself with the right factor's channels and a 1x1 convolution with the left factor."""
+    (result,) = old.outputs
+    x, bias = old.inputs[0], old.inputs[2] if len(old.inputs) > 2 else None
+    scope, _, stem = str(old.name).rpartition("/")
+    place = _Place(root=root, before=old, scope=scope, stem=stem)
+    assert x is not None
+    (rows, rank), dtype, spatial = weight.left.shape, weight.dtype, stored.layout.shape[2:]
+    inner = _inner_layout(stored.layout, rank)
+    right = _param(place, _Stored(weight=weight.right, layout=inner, name=f"{stored.name}.right"))
+    pointwise = Layout(kind="conv", shape=(rows, rank, *(1 for _ in spatial)))
+    left = _param(place, _Stored(weight=weight.left, layout=pointwise, name=f"{stored.name}.left"))
+    same = {name: attribute.value for name, attribute in old.attributes.items()}
+    thin = place.add(old.op_type, [place.cast(x, dtype), right], dtype, same)
+    biases = [] if bias is None else [place.cast(bias, dtype)]
+    _take_over(result, place.add("Conv", [thin, left, *biases], dtype))
+
+
+def _inner_layout(layout: Layout, rank: int) -> Layout:
+    """Return the layout of the right factor: the convolution's with `rank` output channels."""
+    first, second, *kernel = layout.shape
+    shape = (first, rank, *kernel) if layout.kind == "conv_transpose" else (rank, second, *kernel)
+    return Layout(kind=layout.kind, shape=shape)
+
+
 def _product(place: _Place, x: ir.Value, weight: Weight, name: str) -> ir.Value:
     """Return x W^T in the dtype of W."""
     dtype = _dtype(weight)
@@ -170,6 +199,8 @@ def _decode(graph: ir.Graph, old: ir.Value, stored: _Stored) -> None:
 def _param(place: _Place, stored: _Stored) -> ir.Value:
     """Return the decoded weight in the shape of its parameter."""
     layout, dtype = stored.layout, _dtype(stored.weight)
+    if isinstance(stored.weight, Dense):
+        return place.initializer(stored.name, layout.to_param(stored.weight.values))
     matrix = _matrix(place, stored.weight, stored.name)
     if layout.kind == "matrix_t":
         return place.add("Transpose", [matrix], dtype, {"perm": [1, 0]})
@@ -238,6 +269,14 @@ def _linear_uses(value: ir.Value, layout: Layout) -> Iterator[_LinearUse]:
                     yield _LinearUse(product=product, transpose=node)
         elif _multiplies(node, index, turned=layout.kind != "matrix"):
             yield _LinearUse(product=node, transpose=None)
+
+
+def _convolutions(value: ir.Value, layout: Layout) -> Iterator[ir.Node]:
+    """Yield the ungrouped convolutions whose kernel is this parameter."""
+    kind = {"conv": "Conv", "conv_transpose": "ConvTranspose"}.get(layout.kind)
+    for node, index in _readers(value):
+        if index == 1 and node.op_type == kind and layout.groups == 1:
+            yield node
 
 
 def _multiplies(node: ir.Node, index: int, *, turned: bool) -> bool:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..optimizer import activations
 from ..optimizer.errors import ExportError, InputError, RecipeError
 from ..optimizer.model import Model
 from ..optimizer.weight import Dense
+from . import onnx_integer
 from .difference import argmax_agreement, difference
 from .onnx_layers import Search, first_bad_layer
 from .runner import Open, Runner, RunnerOptions
@@ -25,6 +27,11 @@ from .runner import Open, Runner, RunnerOptions
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest |a - b| / max |a| by the narrowest dtype of the weights: some 10 steps of its mantissa."""
 TOLERANCE_FLOAT32 = 1e-4
+TOLERANCE_INT8 = 2e-2
+"""With int8 activations: a sum that two roundings see on two sides of a half moves a code, and codes behind it."""
+LEAST_AGREEMENT = 0.995
+"""Part of the rows whose argmax int8 activations must keep, of outputs of `ENOUGH_ROWS` rows or more."""
+ENOUGH_ROWS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +59,8 @@ class Row:
 
     argmax_agreement: part of the rows (last dimension) with the same largest entry, of the worst output; None without
     a floating output of two or more dimensions. first_bad_layer: "module (value)", None where all is well or unknown.
+    agreement_limit: what the agreement must reach, None with float activations or too few rows to tell.
+    float_operators: what computes in float between int8 layers.
     """
 
     runtime: str
@@ -61,6 +70,8 @@ class Row:
     argmax_agreement: float | None
     first_bad_layer: str | None
     size_bytes: int
+    agreement_limit: float | None = None
+    float_operators: tuple[str, ...] = ()
 
 
 def verify(model: Model, path: Path, open_: Open, spec: Spec | None = None) -> list[Row]:
@@ -82,12 +93,20 @@ def judge(rows: Sequence[Row], path: Path, limit: float) -> None:
                 where=f"{path.name} in {row.runtime}",
                 fix="look at that layer: a Python branch on sizes is traced only once, noise differs in each run",
             )
+        if row.agreement_limit is not None and not (row.argmax_agreement or 0.0) >= row.agreement_limit:
+            raise ExportError(
+                f"{row.argmax_agreement} of the rows have the largest entry where torch has it at batch {row.batch}, "
+                f"{row.agreement_limit} must",
+                where=f"{path.name} in {row.runtime}",
+                fix="give activations more range, or leave them float",
+            )
 
 
 def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
     """Return one row per batch size, the first bad one with its first bad layer."""
     module, runner, limit = model.module(), open_(path, RunnerOptions(exact=True)), tolerance(model, spec)
     rows: list[Row] = []
+    floats = onnx_integer.check(path, activations.layers(model)).floats if model.acts and path.suffix == ".onnx" else ()
     for batch in _batches(model, spec):
         inputs = _inputs(model, spec, batch)
         with torch.no_grad():
@@ -100,7 +119,9 @@ def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
         if bad and path.suffix == ".onnx" and all(known.first_bad_layer is None for known in rows):
             search = Search(open_=open_, inputs=inputs, limit=limit, output=bad[0])
             row = replace(row, first_bad_layer=first_bad_layer(model, path, search))
-        rows.append(replace(row, size_bytes=artifact_bytes(path)))
+        agreement = LEAST_AGREEMENT if model.acts and _enough(want) else None
+        size = artifact_bytes(path)
+        rows.append(replace(row, size_bytes=size, agreement_limit=agreement, float_operators=floats))
     return rows
 
 
@@ -109,7 +130,8 @@ def tolerance(model: Model, spec: Spec) -> float:
     if spec.rel is not None:
         return spec.rel
     dtypes = {w.values.dtype if isinstance(w, Dense) else w.dtype for w in model.weights.values()}
-    return max([TOLERANCE_FLOAT32, *(TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE)])
+    least = TOLERANCE_INT8 if model.acts else TOLERANCE_FLOAT32
+    return max([least, *(TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE)])
 
 
 def artifact_bytes(path: Path) -> int:
@@ -129,6 +151,12 @@ def _row(runtime: str, batch: int, want: Sequence[np.ndarray], have: Sequence[np
         first_bad_layer=None,
         size_bytes=0,
     )
+
+
+def _enough(outputs: Sequence[np.ndarray]) -> bool:
+    """Whether every floating output is rows of entries (no image), and enough of them."""
+    floating = [value for value in outputs if np.issubdtype(value.dtype, np.floating)]
+    return all(value.ndim in (2, 3) and value.size >= ENOUGH_ROWS * value.shape[-1] for value in floating)
 
 
 def _batches(model: Model, spec: Spec) -> tuple[int, ...]:

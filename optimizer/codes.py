@@ -27,12 +27,28 @@ COMPARED_EDGES = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """A low rank added to the quantized matrix: rank, bits of its factors, and how often both are fitted in turn."""
+
+    rank: int
+    bits: int = 8
+    rounds: int = 6
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.rounds < 1:
+            raise RecipeError(f"rank={self.rank}, rounds={self.rounds} is out of range", fix="use 1 or more of each")
+        if self.bits not in (2, 3, 4, 8):
+            raise RecipeError(f"bits={self.bits} is not supported", fix="use 2, 3, 4 or 8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """How codes, tables and scales are stored, and whether codes are chosen with error feedback.
 
     group: inputs per scale, 0 = one scale per row. table_rows: 16 = one table per block of 16 rows, 0 = one for all.
     feedback: choose codes column by column, compensating errors (needs the gram of the inputs); act_order: the columns
     with the largest inputs first; damping: fraction of the gram's mean diagonal that is added to its diagonal.
+    residual: a low rank beside the codes, which the quantize step adds whatever the quantizer.
     """
 
     bits: int = 4
@@ -42,6 +58,7 @@ class Format:
     feedback: bool = False
     act_order: bool = True
     damping: float = 0.01
+    residual: Residual | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):

@@ -1,9 +1,11 @@
 """Corrections after quantization, without training, each kept only if data that nothing else saw agrees.
 
 bias           each layer's mean output becomes what it was (Nagel et al. 2019, section 4.2, from data)
-normalization  mean and spread do, for layers into which a batch normalization was folded: the same as re-estimating
-               its running statistics, written into the layer's row scales and bias; the mean alone for other layers.
-               Not tried where nothing was folded
+normalization  mean and spread do, for layers with a batch normalization behind them or folded into them; the mean alone
+               for other layers. Not tried where there is no such layer
+
+What moves a layer's output is its own bias, the row scales where a normalization was folded, or the running statistics
+of the normalization behind it.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx
 
-from .graph import Site
+from .fold import NORMS
+from .graph import Site, module_path
 from .model import Model
 from .walk import Traced, Visitor, walk
 from .weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
 
 Kind: TypeAlias = Literal["bias", "normalization"]
 
+RUNNING = ".running_mean"
 MAX_GAIN = 1.5
 """A channel's spread is changed by at most this factor; more means that the channel is dead or broken."""
 
@@ -50,7 +54,7 @@ def choose(original: Model, compressed: Model, data: Data, kinds: Iterable[Kind]
     best, error = compressed, output_error(reference, walk(data.held_out, compressed.values()))
     notes = []
     for kind in kinds:
-        if kind == "normalization" and not any(edit["edit"] == "fold_norm" for edit in compressed.edits):
+        if kind == "normalization" and not _has_norms(compressed, data.fit):
             continue
         candidate = apply(best, data.fit, moments, kind)
         tried = output_error(reference, walk(data.held_out, candidate.values()))
@@ -62,12 +66,12 @@ def choose(original: Model, compressed: Model, data: Data, kinds: Iterable[Kind]
 
 
 def measure(model: Model, traced: Traced) -> dict[str, Moments]:
-    """Return the output moments of each layer with a bias of its own, by the name of the bias."""
+    """Return the output moments of each layer that can be moved, by the name of what moves it."""
     found: dict[str, Moments] = {}
 
     def after(site: Site, node: fx.Node, outputs: Sequence[Tensor]) -> None:
-        if bias_name := _bias_name(model, traced, site, node):
-            found[bias_name] = _moments(site, outputs)
+        if name := _mover(model, traced, site, node):
+            found[name] = _moments(site, outputs)
 
     walk(traced, model.values(), Visitor(after=after))
     return found
@@ -80,17 +84,20 @@ def apply(model: Model, traced: Traced, moments: Mapping[str, Moments], kind: Ki
     weights: dict[str, Weight] = {}
 
     def after(site: Site, node: fx.Node, outputs: Sequence[Tensor]) -> list[Tensor] | None:
-        bias_name = _bias_name(model, traced, site, node)
-        if bias_name not in moments:
+        name = _mover(model, traced, site, node)
+        if name not in moments:
             return None
-        now, want = _moments(site, outputs), moments[bias_name]
-        weight = model.weights[site.param]
+        now, want = _moments(site, outputs), moments[name]
         gain = torch.ones_like(now.mean)
-        if kind == "normalization" and site.param in folded:
+        if kind == "normalization" and (site.param in folded or name.endswith(RUNNING)):
             gain = (want.std / now.std.clamp(min=1e-12)).clamp(1 / MAX_GAIN, MAX_GAIN)
-            weights[site.param] = scale_rows(weight, gain)
-        bias = model.tensors[bias_name]
-        tensors[bias_name] = ((bias.double() - now.mean) * gain + want.mean).to(bias.dtype)
+        if name.endswith(RUNNING):
+            tensors.update(_moved_norm(model, name.removesuffix(RUNNING), now.mean, gain, want.mean))
+        else:
+            bias = model.tensors[name]
+            tensors[name] = ((bias.double() - now.mean) * gain + want.mean).to(bias.dtype)
+            if kind == "normalization" and site.param in folded:
+                weights[site.param] = scale_rows(model.weights[site.param], gain)
         return [_move(site, y, gain, want.mean - now.mean * gain) for y in outputs]
 
     walk(traced, model.values(), Visitor(after=after))
@@ -121,6 +128,44 @@ def output_error(reference: Sequence[tuple[Any, ...]], outputs: Sequence[tuple[A
                 wrong += float((z.double() - y.double()).square().sum())
                 total += float(y.double().square().sum())
     return float((wrong / max(total, 1e-300)) ** 0.5)
+
+
+def _has_norms(model: Model, traced: Traced) -> bool:
+    folded = any(edit["edit"] == "fold_norm" for edit in model.edits)
+    calls = ((traced.graph.sites.get(node.name), node) for node in traced.graph.nodes)
+    return folded or any(_norm_behind(model, sites[0], node) for sites, node in calls if sites)
+
+
+def _mover(model: Model, traced: Traced, site: Site, node: fx.Node) -> str:
+    """Return the tensor that can move this call's output: the statistics of its normalization, else its bias, or ""."""
+    behind = _norm_behind(model, site, node)
+    calls = [other for other in traced.graph.nodes if other.target in NORMS and module_path(other) == behind]
+    if behind and len(calls) == 1:
+        return behind + RUNNING
+    return _bias_name(model, traced, site, node)
+
+
+def _norm_behind(model: Model, site: Site, node: fx.Node) -> str:
+    """Return the path of the batch normalization that alone reads this call's output, "" if none does."""
+    if site.kind not in ("conv", "conv_transpose", "linear") or len(node.users) != 1:
+        return ""
+    (user,) = node.users
+    if user.target not in NORMS or (site.kind == "linear" and node.meta["val"].ndim != 2):
+        return ""
+    path = module_path(user)
+    return path if path + RUNNING in model.tensors and f"{path}.running_var" in model.tensors else ""
+
+
+def _moved_norm(model: Model, path: str, mean: Tensor, gain: Tensor, want: Tensor) -> dict[str, Tensor]:
+    """Return running statistics m', v' with which y is normalized as (y - mean) gain + want was with m and v.
+
+    m' = mean - (want - m) / gain, v' = (v + eps) / gain^2 - eps.
+    """
+    old, var = model.tensors[path + RUNNING], model.tensors[f"{path}.running_var"]
+    eps = float(model.skeleton.get_submodule(path).eps)  # type: ignore[arg-type]
+    moved = mean - (want - old.double()) / gain
+    spread = ((var.double() + eps) / gain.square() - eps).clamp(min=0)
+    return {path + RUNNING: moved.to(old.dtype), f"{path}.running_var": spread.to(var.dtype)}
 
 
 def _bias_name(model: Model, traced: Traced, site: Site, node: fx.Node) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,32 @@ from torch import Tensor, fx
 
 from .graph import Graph, Site
 from .walk import Batch
+from .weight import LowRank, Sum, Weight
 
 
-def macs(graph: Graph) -> int:
+def macs(graph: Graph, weights: Mapping[str, Weight] | None = None) -> int:
     """Return the multiply-accumulates of all weights for one sample (one row of the first input).
 
+    weights: those of the model, whose low ranks count as the two operators that they are; all dense without it.
     Products of activations with each other (attention scores) are not counted.
     """
+    nodes, known = {node.name: node for node in graph.nodes}, weights or {}
+    uses = [(site, nodes[site.node]) for sites in graph.sites.values() for site in sites]
+    return sum(_weight_macs(site, node, known.get(site.param)) for site, node in uses) // _samples(graph)
+
+
+def layer_macs(graph: Graph, sites: Sequence[Site], rank: int | None = None) -> int:
+    """Return the multiply-accumulates of a layer's uses in the captured batch, dense or as a low rank."""
     nodes = {node.name: node for node in graph.nodes}
-    total = sum(_site_macs(site, nodes[site.node]) for sites in graph.sites.values() for site in sites)
-    return total // _samples(graph)
+    uses = [(site, nodes[site.node]) for site in sites]
+    return sum(_site_macs(*use) if rank is None else _rank_macs(*use, rank) for use in uses)
+
+
+def divides(site: Site) -> bool:
+    """Return whether this use of a low rank runs as two operators: a whole linear layer or ungrouped convolution."""
+    if site.kind in ("conv", "conv_transpose"):
+        return site.layout.groups == 1
+    return site.kind == "linear" and site.count == site.layout.matrix_shape[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +59,27 @@ def estimate(graph: Graph, batch: Batch, samples: int, base_bytes: int) -> Estim
     single, double = _rate(torch.float32), _rate(torch.float64)
     live = int(_peak_live(graph) * scale)
     return Estimate(seconds=3 * forward / single + 2 * (gram + solve) / double, peak_bytes=base_bytes + 2 * live)
+
+
+def _weight_macs(site: Site, node: fx.Node, weight: Weight | None) -> int:
+    """Count a sum term by term where a linear layer adds products; elsewhere it is decoded to one matrix."""
+    match weight:
+        case LowRank() if divides(site):
+            return _rank_macs(site, node, weight.left.shape[1])
+        case Sum() if divides(site) and site.kind == "linear":
+            return sum(_weight_macs(site, node, term) for term in weight.terms)
+        case _:
+            return _site_macs(site, node)
+
+
+def _rank_macs(site: Site, node: fx.Node, rank: int) -> int:
+    """Count the right factor in place of the operator, then the left one at each of its output positions."""
+    rows, columns = site.layout.matrix_shape
+    positions = _site_macs(site, node) // max(1, rows * columns)
+    after = positions
+    if site.kind == "conv_transpose":
+        after = math.prod(_shape(node)[:1]) * math.prod(_shape(node)[2:])
+    return positions * rank * columns + after * rank * rows
 
 
 def _site_macs(site: Site, node: fx.Node) -> int:

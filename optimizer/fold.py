@@ -15,7 +15,7 @@ from .graph import Graph, Site, aten, module_path
 from .model import Model
 from .weight import Dense
 
-_NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default}
+NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +29,10 @@ class Fold:
 def plan(model: Model, graph: Graph) -> tuple[Fold, ...]:
     """Find layers whose only user is a batch normalization with running statistics; both used once."""
     uses = graph.of_param()
-    calls = [module_path(node) for node in graph.nodes if node.target in _NORMS]
+    calls = [module_path(node) for node in graph.nodes if node.target in NORMS]
     found = []
     for node in graph.nodes:
-        if node.target in _NORMS and calls.count(module_path(node)) == 1:
+        if node.target in NORMS and calls.count(module_path(node)) == 1:
             fold = _foldable(model, node, graph.sites.get(node.all_input_nodes[0].name, ()))
             if fold is not None and len(uses[f"{fold.into}.weight"]) == 1:
                 found.append(fold)

@@ -117,7 +117,11 @@ class Model:
         """Return a fresh runnable module in evaluation mode that shares no memory with this value."""
         module = copy.deepcopy(self.skeleton)
         fill(module, self.values())
-        return module.eval()
+        if not self.acts:
+            return module.eval()
+        from .activations_module import quantized
+
+        return quantized(module, self)
 
     def values(self) -> dict[str, Tensor]:
         """Return every parameter and buffer by canonical name, weights decoded."""
@@ -206,7 +210,8 @@ def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             if name not in values:
                 raise InputError(f'parameter "{name}" has no value', fix="the module would run on meta tensors")
             _check_shape(name, values[name], old)
-            filled[id(old)] = nn.Parameter(values[name].detach().clone(), requires_grad=old.requires_grad)
+            value = values[name].detach().clone(memory_format=torch.contiguous_format)
+            filled[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
         setattr(owner, leaf, filled[id(old)])
     shared: dict[int, Tensor] = {}
     for name, buffer in list(module.named_buffers(remove_duplicate=False)):

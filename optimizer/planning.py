@@ -17,7 +17,7 @@ import scipy
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, cost, data, entry, huggingface, store
+from . import checkpoint, cost, data, entry, huggingface, quantize, store
 from . import recipe as recipes
 from .errors import Error, ExportError, InfeasibleError, RecipeError, nearest
 from .graph import Graph
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def ground(self) -> Ground:
-        return Ground(graph=self.graph, calibration=self.calibration, seed=self.recipe.seed)
+        return Ground(graph=self.graph, calibration=self.calibration, seed=self.recipe.seed, base=self.recipe.base)
 
 
 def load(recipe: Recipe) -> Job:
@@ -123,8 +123,11 @@ def plan(job: Job) -> list[Planned]:
     for step in job.recipe.steps:
         try:
             decisions = step_module(step.name).plan(job.model, step.spec, step.extras, job.ground)
-        except RecipeError as error:
-            raise RecipeError(error.what, where=error.where or step.where, fix=error.fix) from error
+        except (RecipeError, InfeasibleError) as error:
+            where = (
+                f"{step.where}, {error.where}" if error.where and error.where[0] == '"' else error.where or step.where
+            )
+            raise type(error)(error.what, where=where, fix=error.fix) from error
         planned.append((step, decisions))
     _check_once(planned)
     return planned
@@ -135,6 +138,8 @@ def check_strict(planned: Sequence[Planned]) -> None:
     for step, decisions in planned:
         for decision in decisions:
             name, spec = decision.layer, step.spec
+            if step_module(step.name).UNTOUCHED != quantize.UNTOUCHED:
+                continue
             wanted = any(matches(p, name) for p in spec.layers)
             wanted = wanted and not any(matches(p, name) for p in spec.skip)
             if wanted and not decision.method:
@@ -148,7 +153,8 @@ def check_strict(planned: Sequence[Planned]) -> None:
 def without_feedback(job: Job, planned: Sequence[Planned]) -> list[str]:
     """Return the layers for which error feedback was asked and cannot be: an embedding looks rows up."""
     uses = job.graph.of_param()
-    asked = [d.layer for _, decisions in planned for d in decisions if d.method and d.spec.format.feedback]
+    specs = [(d.layer, getattr(d.spec, "format", None)) for _, decisions in planned for d in decisions if d.method]
+    asked = [layer for layer, form in specs if getattr(form, "feedback", False)]
     return [layer for layer in asked if all(site.kind == "embedding" for site in uses.get(layer, ()))]
 
 
@@ -187,11 +193,11 @@ def explain(job: Job, planned: Sequence[Planned]) -> str:
     for step, decisions in planned:
         lines.append(f"{step.name} ({step.where})")
         for decision in decisions:
-            weight = job.model.weights[decision.layer]
-            size = f"{weight.shape[0]} x {weight.shape[1]}, {weight.bits() // 8} bytes"
-            what = step_module(step.name).shown(decision) if decision.method else "dense"
+            module, weight = step_module(step.name), job.model.weights.get(decision.layer)
+            size = f"{weight.shape[0]} x {weight.shape[1]}, {weight.bits() // 8} bytes -> " if weight else ""
+            what = module.shown(decision) if decision.method else module.UNTOUCHED
             why = decision.reason or "as the recipe says"
-            lines.append(f"  {short(decision.layer)}: {size} -> {what} ({why})")
+            lines.append(f"  {short(decision.layer)}: {size}{what} ({why})")
     return "\n".join(lines)
 
 
@@ -210,7 +216,7 @@ def forecast(job: Job, planned: Sequence[Planned]) -> str:
 
 def _replayed(step: Step, layers: Any, job: Job) -> tuple[Decision, ...]:
     module = step_module(step.name)
-    known = module.names(job.model, job.ground)
+    known = module.names(job.model, step.spec, job.ground)
     by_hand = 'write {keep: "by hand"} to leave it dense'
     layers = layers if isinstance(layers, Mapping) else {}
     for layer in layers:
@@ -225,18 +231,26 @@ def _replayed(step: Step, layers: Any, job: Job) -> tuple[Decision, ...]:
 
 
 def _check_once(planned: Sequence[Planned]) -> None:
-    """Raise RecipeError where two steps compress one layer."""
-    taken: dict[str, str] = {}
+    """Raise RecipeError where two steps compress one layer, but for the factors of a low rank, which quantize takes.
+
+    Pruning comes before either, and once: units are numbered in the model as it is loaded.
+    """
+    taken: dict[str, Step] = {}
     for step, decisions in planned:
-        for decision in decisions:
-            if decision.method and decision.layer in taken:
+        first = next(iter(taken), "")
+        if step.name == "prune" and first:
+            what = f'"{short(first)}" is changed already by the step at {taken[first].where}'
+            raise RecipeError(what, where=step.where, fix="prune in one step, before factorize and quantize")
+        for layer in (decision.layer for decision in decisions if decision.method):
+            before = taken.get(layer)
+            if before and (before.name, step.name) != ("factorize", "quantize"):
+                late = (before.name, step.name) == ("quantize", "factorize")
                 raise RecipeError(
-                    f'layer "{short(decision.layer)}" is compressed already by the step at {taken[decision.layer]}',
+                    f'layer "{short(layer)}" is compressed already by the step at {before.where}',
                     where=step.where,
-                    fix="name it in one step only, with layers or skip",
+                    fix="put factorize before quantize" if late else "name it in one step only, with layers or skip",
                 )
-            if decision.method:
-                taken[decision.layer] = step.where
+            taken[layer] = step
 
 
 def _capture(model: Model, calibration: data.Calibration, where: str) -> Graph:

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import correct, fold, tree
+from . import activations, correct, fold, residual, tree
+from .activations_range import Range, Rule
 from .codes import Format
 from .data import Calibration, rebatch, split
 from .errors import Error, InfeasibleError, RecipeError, nearest
@@ -23,8 +24,9 @@ from .model import Model
 from .stats import LayerStats, Stats, collect, observe
 from .steps import Cache, Decision, Ground, Hooks, LayerResult, Result, check_globs, matches, output_error, short
 from .walk import Reader, Traced, Visitor, trace, walk
-from .weight import Dense, Weight
+from .weight import Dense, LowRank, Weight
 
+UNTOUCHED = "dense"
 MICRO_BATCH = 64
 """Samples per operator call while calibrating; all samples are alive at once whatever it is."""
 
@@ -38,6 +40,8 @@ class Spec:
     fold_norm: fold batch normalization first. correct_bias: match each layer's mean output to the original's.
     reestimate: match the spread of folded normalizations too. Both corrections are kept only where the part
     `held_out` of the calibration data, which nothing else sees, has a smaller output error with them.
+    activations: "int8" lets layers of 8-bit uniform weights compute in integers, on grids of their inputs and outputs
+    whose ends `range` and `percentile` choose (`activations_range.Rule`).
     """
 
     quantizer: str = "lnq"
@@ -49,8 +53,12 @@ class Spec:
     correct_bias: bool = True
     reestimate: bool = True
     held_out: float = 0.125
+    activations: Literal["", "int8"] = ""
+    range: Range = "minmax"
+    percentile: float = 99.99
 
     def __post_init__(self) -> None:
+        Rule(range=self.range, percentile=self.percentile)
         if not 0 < self.held_out < 1:
             raise RecipeError(f"held_out={self.held_out} is out of range", fix="use a part between 0 and 1")
 
@@ -83,7 +91,7 @@ def spec_types(fields: Mapping[str, Any]) -> tuple[type, ...]:
     return Spec, quantizer_module(str(fields.get("quantizer", "lnq"))).Spec
 
 
-def names(model: Model, ground: Ground) -> Sequence[str]:
+def names(model: Model, spec: Spec, ground: Ground) -> Sequence[str]:
     """Return every weight, those of the graph first and in its order."""
     uses = ground.graph.of_param()
     return [*(name for name in uses if name in model.weights), *(name for name in model.weights if name not in uses)]
@@ -95,43 +103,51 @@ def plan(model: Model, spec: Spec, extras: tuple[Any, ...], ground: Ground) -> t
     Raises RecipeError for a glob that matches nothing, an unknown field, or a layer that is compressed already.
     """
     uses, (options,) = ground.graph.of_param(), extras
-    check_globs((*spec.layers, *spec.skip, *spec.override), list(dict.fromkeys((*uses, *names(model, ground)))))
+    check_globs((*spec.layers, *spec.skip, *spec.override), list(dict.fromkeys((*uses, *names(model, spec, ground)))))
     decisions = []
-    for name in names(model, ground):
+    for name in names(model, spec, ground):
         reason = _kept_because(name, spec, uses)
         if reason:
             decisions.append(Decision(layer=name, reason=reason))
             continue
-        if not isinstance(model.weights[name], Dense):
+        if not _is_float(model.weights[name]):
             raise RecipeError(
                 f'layer "{short(name)}" is compressed already', fix="quantize each layer in one step only"
             )
         quantizer, layer_spec = _resolve(name, spec, options)
         decisions.append(Decision(layer=name, method=quantizer, spec=layer_spec))
+    if spec.activations:
+        activations.check(decisions)
     return tuple(decisions)
 
 
 def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: Calibration, hooks: Hooks) -> Result:
     """Return the quantized model; a part of the calibration data is held out to judge corrections."""
+    activations.check_none(model)
     fit, held = (rebatch(part, MICRO_BATCH) for part in split(calibration, spec.held_out, hooks.seed))
     folded = _fold(model, decisions, trace(model.module(), fit.batches[:1]).graph) if spec.fold_norm else model
     module = folded.module()
     traced = trace(module, fit.batches)
-    quantized, results = _quantize(folded, decisions, traced, hooks)
+    quantized = _quantize(folded, decisions, traced, hooks)
     kinds = tuple(_corrections(spec))
-    if not kinds:
-        return Result(model=quantized, layers=results, notes=())
-    hooks.progress(1, 1, "corrections")
-    data = correct.Data(fit=traced, held_out=trace(module, held.batches))
-    corrected, notes = correct.choose(folded, quantized, data, kinds)
-    return Result(model=corrected, layers=results, notes=notes)
+    if kinds:
+        hooks.progress(1, 1, "corrections")
+        data = correct.Data(fit=traced, held_out=trace(module, held.batches))
+        corrected, notes = correct.choose(folded, quantized.model, data, kinds)
+        quantized = replace(quantized, model=corrected, notes=(*quantized.notes, *notes))
+    if not spec.activations:
+        return quantized
+    hooks.progress(1, 1, "ranges of activations")
+    acting, notes = activations.apply(quantized.model, fit.batches, Rule(range=spec.range, percentile=spec.percentile))
+    return replace(quantized, model=acting, notes=(*quantized.notes, *notes))
 
 
 def describe(decision: Decision) -> dict[str, Any]:
     """Return a decision as plain data for plan.yaml."""
     if not decision.method:
         return {"keep": decision.reason}
-    return {"quantizer": decision.method, **_flat(decision.spec)}
+    fields = {key: value for key, value in _flat(decision.spec).items() if (key, value) != ("residual", None)}
+    return {"quantizer": decision.method, **fields}
 
 
 def restore(layer: str, data: Mapping[str, Any]) -> Decision:
@@ -147,18 +163,18 @@ def restore(layer: str, data: Mapping[str, Any]) -> Decision:
 
 def shown(decision: Decision) -> str:
     """Return a decision in a few words."""
-    return f"{decision.method}, {decision.spec.format.bits} bits"
+    extra = getattr(decision.spec.format, "residual", None)
+    return f"{decision.method}, {decision.spec.format.bits} bits" + (f" + rank {extra.rank}" if extra else "")
 
 
-def _quantize(
-    model: Model, decisions: Sequence[Decision], traced: Traced, hooks: Hooks
-) -> tuple[Model, tuple[LayerResult, ...]]:
+def _quantize(model: Model, decisions: Sequence[Decision], traced: Traced, hooks: Hooks) -> Result:
     uses = traced.graph.of_param()
     pending = {d.layer: d for d in decisions if d.method}
     values = model.values()
     shared = _collect_shared(traced, values, pending, uses)
     done: dict[str, Weight] = {}
     errors: dict[str, LayerResult] = {}
+    notes: list[str] = []
 
     def before(site: Site, reader: Reader) -> Tensor | None:
         decision = pending.pop(site.param, None)
@@ -167,8 +183,12 @@ def _quantize(
         hooks.progress(len(done), len(done) + len(pending) + 1, f"quantize {short(site.param)}")
         matrix = site.layout.to_matrix(values[site.param])
         stats = shared.get(site.param) or observe(reader, frozenset({"gram"}))
-        weight = _solve(decision, matrix, stats, hooks.cache)
+        old = model.weights[site.param]
+        old = old if isinstance(old, LowRank) else Dense(values=matrix)
+        weight = _solve(decision, old, stats, hooks.cache)
         done[site.param] = weight
+        if reason := residual.lacking(weight, old, stats, decision.spec.format.residual):
+            notes.append(f"{short(site.param)} has no residual: {reason}")
         error = output_error(matrix, weight.dense(), stats)
         errors[site.param] = LayerResult(layer=site.param, error_rel=error)
         return site.layout.to_param(weight.dense())
@@ -177,7 +197,7 @@ def _quantize(
     layouts = {param: sites[0].layout for param, sites in uses.items() if param in done}
     changed = replace(model.with_weights(done), layouts={**model.layouts, **layouts})
     kept = [LayerResult(layer=d.layer, error_rel=0.0, reason=d.reason) for d in decisions if d.layer not in done]
-    return changed, (*errors.values(), *kept)
+    return Result(model=changed, layers=(*errors.values(), *kept), notes=tuple(notes))
 
 
 def _fold(model: Model, decisions: Sequence[Decision], graph: Graph) -> Model:
@@ -193,15 +213,19 @@ def _collect_shared(
     return collect(traced, values, frozenset({"gram"}), shared) if shared else {}
 
 
-def _solve(decision: Decision, matrix: Tensor, stats: LayerStats, cache: Cache | None) -> Weight:
+def _solve(decision: Decision, old: Dense | LowRank, stats: LayerStats, cache: Cache | None) -> Weight:
+    """Quantize a matrix, with a residual if its decision says so, or both factors of a low rank."""
     known = cache.get(decision.layer) if cache else None
     if known is not None:
         return known
-    spec = decision.spec
-    if stats.gram is None and getattr(spec.format, "feedback", False):
-        spec = replace(spec, format=replace(spec.format, feedback=False))
+    module, spec = quantizer_module(decision.method), decision.spec
+
+    def quantize(matrix: Tensor, seen: LayerStats) -> Weight:
+        asked = spec.format.feedback and seen.gram is not None
+        return module.quantize(matrix, seen, replace(spec, format=replace(spec.format, feedback=asked)))
+
     try:
-        weight = quantizer_module(decision.method).quantize(matrix, stats, spec)
+        weight = residual.solve(old, stats, spec.format.residual, quantize)
     except Error as error:
         raise type(error)(error.what, where=f'layer "{short(decision.layer)}"', fix=error.fix) from error
     if not torch.isfinite(weight.dense()).all():
@@ -209,6 +233,12 @@ def _solve(decision: Decision, matrix: Tensor, stats: LayerStats, cache: Cache |
     if cache:
         cache.put(decision.layer, weight)
     return weight
+
+
+def _is_float(weight: Weight) -> bool:
+    """Return whether a weight, or both factors of a low rank, are as they came."""
+    parts = (weight.left, weight.right) if isinstance(weight, LowRank) else (weight,)
+    return all(isinstance(part, Dense) for part in parts)
 
 
 def _kept_because(name: str, spec: Spec, uses: Mapping[str, Sequence[Site]]) -> str:

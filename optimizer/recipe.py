@@ -30,7 +30,8 @@ DATA_VARIABLE, DATA_DEFAULT = "PAREDOWN_DATA", "../shared/data"
 MAX_VALUES = 100_000
 """Aliases may repeat a part of a recipe, but not blow it up."""
 
-_STEPS: Mapping[str, str] = {"quantize": f"{__package__}.quantize", "prune": "", "factorize": "", "recover": ""}
+_READY = ("prune", "factorize", "quantize")
+_STEPS: Mapping[str, str] = {**{name: f"{__package__}.{name}" for name in _READY}, "recover": ""}
 """Step name -> the module with its `Spec`; "" where this version has none yet."""
 
 

@@ -44,6 +44,7 @@ from .workspace import Workspace, fingerprint
 
 TARGETS, RUNTIMES, SCENARIOS = ("onnx",), ("onnxruntime",), ("edge",)
 RESUME = "the layers that are finished are kept for --resume"
+UNTOUCHED = "no step asked for it"
 FOLDED = "a folded codebook runs at the speed of floats until low-bit kernels are registered"
 """Why a compressed file is no faster in a runtime without our kernels: it decodes weights once, when loading."""
 
@@ -166,7 +167,8 @@ class _Run:
             rows.append({"step": step.name, "spec": recipes.show_step(step), **done["row"]})
             layers = _merged(layers, [LayerResult(**item) for item in done["layers"]])
             notes += [{"layer": "*", "kept": step.name, "reason": note} for note in done["notes"]]
-        return model, rows, layers, notes
+        rest = [LayerResult(layer=name, error_rel=0.0, reason=UNTOUCHED) for name in model.weights]
+        return model, rows, _merged(layers, rest), notes
 
     def _step(self, job: Job, model: Model, mark: str, planned: Planned) -> tuple[Model, dict[str, Any]]:
         known = self.work.get_model(mark)

@@ -24,13 +24,15 @@ class LayerStats:
     """What one weight (out, in) saw. `groups` divides the out rows into equal runs, each with inputs of its own.
 
     gram: sum over rows of x x^T, float64. mean: mean of x, float64. rows: how many x were summed, per group.
-    row_counts: for an embedding, how often each row was looked up (it has no gram).
+    row_counts: for an embedding, how often each row was looked up (it has no gram). cross: sum over rows of z x^T, z
+    the inputs of the network that the walk compares with: W cross is what the outputs were, times what the inputs are.
     """
 
     rows: int
     gram: Float64[Tensor, "groups in in"] | None = None
     mean: Float64[Tensor, "groups in"] | None = None
     row_counts: Float64[Tensor, "out"] | None = None
+    cross: Float64[Tensor, "groups in in"] | None = None
 
 
 Stats: TypeAlias = Mapping[str, LayerStats]
@@ -63,6 +65,7 @@ def observe(reader: Reader, needs: frozenset[str]) -> LayerStats:
     gram: Tensor | None = None
     total: Tensor | None = None
     rows = 0
+    cross = _cross(reader) if "cross" in needs and reader.reference is not None else None
     for x in reader.rows():
         wide = x.to(torch.float64)
         rows += x.shape[1]
@@ -71,7 +74,17 @@ def observe(reader: Reader, needs: frozenset[str]) -> LayerStats:
             gram = part if gram is None else gram + part
         if "mean" in needs:
             total = wide.sum(1) if total is None else total + wide.sum(1)
-    return LayerStats(rows=rows, gram=gram, mean=None if total is None else total / max(rows, 1))
+    return LayerStats(rows=rows, gram=gram, mean=None if total is None else total / max(rows, 1), cross=cross)
+
+
+def _cross(reader: Reader) -> Float64[Tensor, "groups in in"]:
+    pairs = zip(reader.reference_rows(), reader.rows(), strict=True)
+    total: Tensor | None = None
+    for before, now in pairs:
+        part = before.double().mT @ now.double()
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def merge(parts: list[tuple[Site, LayerStats]]) -> LayerStats:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -35,11 +36,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ground:
-    """What a plan stands on: the graph of the model as it is loaded, and calibration data for plans that measure."""
+    """What a plan stands on: the graph of the model as it is loaded, and calibration data for plans that measure.
+
+    base: the folder that entries in the recipe are relative to.
+    """
 
     graph: Graph
     calibration: Calibration | None = None
     seed: int = 0
+    base: Path = Path()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +88,14 @@ class Result:
 class StepModule(Protocol):
     """What the module of a step offers; `spec_types(fields)` beside it where several Specs share the mapping.
 
-    names: every layer that a plan must say something about. shown: a decision in a few words.
+    names: every layer that a plan must say something about. shown: a decision in a few words. UNTOUCHED: what a layer
+    is that the step leaves alone.
     """
 
     Spec: type
+    UNTOUCHED: str
 
-    def names(self, model: Model, ground: Ground) -> Sequence[str]: ...
+    def names(self, model: Model, spec: Any, ground: Ground) -> Sequence[str]: ...
 
     def plan(self, model: Model, spec: Any, extras: tuple[Any, ...], ground: Ground) -> tuple[Decision, ...]: ...
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
-from . import cost
+from . import activations, cost
 from .graph import Graph
 from .metric import Metric
 from .model import Model
 from .recipe import Step, step_module
 from .steps import Decision, LayerResult
-from .weight import Dense, format_name
+from .weight import Codebook, Dense, LowRank, Sum, Uniform, Weight, format_name
 
 
 def bits_per_weight(model: Model) -> float | None:
@@ -30,12 +31,12 @@ def sizes(model: Model, graph: Graph, metric: Metric | None, seed: int) -> dict[
         "metric_ci95": metric.interval(seed) if metric else None,
         "size_bytes": model.size_bytes(),
         "parameters": model.parameters(),
-        "macs": cost.macs(graph),
+        "macs": cost.macs(graph, model.weights),
     }
 
 
 def layer_rows(model: Model, results: Sequence[LayerResult]) -> list[dict[str, Any]]:
-    rows = []
+    rows, integers = [], activations.layers(model)
     for result in results:
         weight = model.weights[result.layer]
         rows.append(
@@ -43,21 +44,51 @@ def layer_rows(model: Model, results: Sequence[LayerResult]) -> list[dict[str, A
                 "name": result.layer,
                 "shape": list(model.layouts[result.layer].shape),
                 "channels_kept": weight.shape[0],
-                "rank": None,
+                "rank": _rank(weight),
                 "format": format_name(weight),
-                "bits": getattr(weight, "code_bits", None) or 8 * weight.values.element_size(),  # type: ignore[union-attr]
+                "bits": _bits(weight),
                 "size_bytes": weight.bits() // 8,
                 "error_rel": result.error_rel,
-                "mode": "float" if isinstance(weight, Dense) else "decoded to float",
+                "mode": "int8" if result.layer in integers else "float" if _is_float(weight) else "decoded to float",
             }
         )
     return rows
 
 
+def _rank(weight: Weight) -> int | None:
+    """Return the rank of a low rank, or of the one in a sum."""
+    match weight:
+        case LowRank():
+            return weight.left.shape[1]
+        case Sum():
+            return next((rank for term in weight.terms if (rank := _rank(term)) is not None), None)
+        case _:
+            return None
+
+
+def _bits(weight: Weight) -> float:
+    """Return the bits of a code; for products and sums all stored bits over the weights that they stand for."""
+    match weight:
+        case Dense():
+            return 8 * weight.values.element_size()
+        case Uniform() | Codebook():
+            return weight.code_bits
+        case LowRank() | Sum():
+            return round(weight.bits() / math.prod(weight.shape), 1)
+        case _:
+            assert_never(weight)
+
+
+def _is_float(weight: Weight) -> bool:
+    return isinstance(weight, Dense) or (
+        isinstance(weight, LowRank) and _is_float(weight.left) and _is_float(weight.right)
+    )
+
+
 def decision_row(step: Step, decision: Decision) -> dict[str, Any]:
     if decision.method:
         return {"layer": decision.layer, "kept": step_module(step.name).shown(decision), "reason": "as the recipe says"}
-    return {"layer": decision.layer, "fallback": "dense", "reason": decision.reason}
+    return {"layer": decision.layer, "fallback": step_module(step.name).UNTOUCHED, "reason": decision.reason}
 
 
 def reset_peak_rss() -> None:

@@ -31,15 +31,27 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reader:
-    """The inputs of one site and the rows that its weight multiplies; inputs and `nodes`, the calls, go by batch."""
+    """The inputs of one site and the rows that its weight multiplies; inputs and `nodes`, the calls, go by batch.
+
+    reference: the inputs of the same site in the network that a walk compares with, where it compares.
+    """
 
     site: Site
     nodes: Sequence[fx.Node]
     inputs: Inputs
+    reference: Inputs | None = None
 
     def rows(self) -> Iterator[Float[Tensor, "groups rows in"]]:
         """Yield the rows of all batches in pieces of bounded size."""
-        for node, value in zip(self.nodes, self.inputs(), strict=True):
+        return self._rows(self.inputs)
+
+    def reference_rows(self) -> Iterator[Float[Tensor, "groups rows in"]]:
+        """Yield the reference's rows in the same pieces."""
+        assert self.reference is not None
+        return self._rows(self.reference)
+
+    def _rows(self, inputs: Inputs) -> Iterator[Float[Tensor, "groups rows in"]]:
+        for node, value in zip(self.nodes, inputs(), strict=True):
             taps = max(1, self._columns() // max(1, value.shape[1] if value.ndim > 1 else 1))
             per_item = max(1, value[:1].numel() * value.element_size() * taps)
             for piece in torch.split(value, max(1, CHUNK_BYTES // per_item)) if self._batched(value) else (value,):
@@ -63,10 +75,12 @@ class Visitor:
 
     before(site, reader) -> new parameter value or None.
     after(site, node, outputs) -> new outputs, one per batch, or None.
+    value(graph, node, made) -> what takes the place of an input or of a result, batch by batch, or None.
     """
 
     before: Callable[[Site, Reader], Tensor | None] | None = None
     after: Callable[[Site, fx.Node, Sequence[Tensor]], Sequence[Tensor] | None] | None = None
+    value: Callable[[Graph, fx.Node, Any], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,15 +115,26 @@ def trace(module: nn.Module, batches: Sequence[Batch]) -> Traced:
 
 
 @torch.no_grad()
-def walk(traced: Traced, values: Mapping[str, Tensor], visitor: Visitor | None = None) -> list[tuple[Any, ...]]:
+def walk(
+    traced: Traced,
+    values: Mapping[str, Tensor],
+    visitor: Visitor | None = None,
+    reference: Mapping[str, Tensor] | None = None,
+) -> list[tuple[Any, ...]]:
     """Run the graph on all batches and return each batch's outputs.
 
-    values: parameters and buffers by canonical name; the mapping is not changed.
+    values: parameters and buffers by canonical name; the mapping is not changed. reference: other values, which no
+    visitor changes, run beside them so that readers have the inputs of both; that doubles the activations alive.
     """
     last = {id(graph): _last_uses(graph.nodes) for graph in traced.graphs}
-    pairs = zip(traced.graphs, traced.batches, strict=True)
-    slots = [_Slot(graph=graph, batch=batch, last=last[id(graph)]) for graph, batch in pairs]
-    return _Walk(slots=slots, values=dict(values), visitor=visitor or Visitor()).run()
+
+    def slots(held: dict[str, Tensor]) -> list[_Slot]:
+        pairs = zip(traced.graphs, traced.batches, strict=True)
+        return [_Slot(graph=graph, batch=batch, last=last[id(graph)], values=held) for graph, batch in pairs]
+
+    now = dict(values)
+    beside = [] if reference is None else slots(dict(reference))
+    return _Walk(slots=slots(now), beside=beside, values=now, visitor=visitor or Visitor()).run()
 
 
 def _check_same(one: Graph, other: Graph) -> None:
@@ -132,6 +157,7 @@ class _Slot:
     graph: Graph
     batch: Batch
     last: Mapping[str, Sequence[str]]
+    values: Mapping[str, Tensor]
     env: dict[str, Any] = field(default_factory=dict)
 
     def stops(self) -> list[int]:
@@ -153,11 +179,14 @@ class _Walk:
     slots: list[_Slot]
     values: dict[str, Tensor]
     visitor: Visitor
+    beside: list[_Slot] = field(default_factory=list)
 
     def run(self) -> list[tuple[Any, ...]]:
         starts = [0] * len(self.slots)
         for places in zip(*(slot.stops() for slot in self.slots), strict=True):
             for slot, start, place in zip(self.slots, starts, places, strict=True):
+                self._advance(slot, slot.graph.nodes[start:place])
+            for slot, start, place in zip(self.beside, starts, places, strict=bool(self.beside)):
                 self._advance(slot, slot.graph.nodes[start:place])
             self._call([slot.graph.nodes[place] for slot, place in zip(self.slots, places, strict=True)])
             starts = [place + 1 for place in places]
@@ -168,9 +197,9 @@ class _Walk:
     def _advance(self, slot: _Slot, nodes: Sequence[fx.Node]) -> None:
         for node in nodes:
             if node.op == "placeholder" and node.name in slot.graph.inputs:
-                slot.env[node.name] = slot.batch[slot.graph.inputs.index(node.name)]
+                slot.env[node.name] = self._seen(node, slot, slot.batch[slot.graph.inputs.index(node.name)])
             elif _is_call(node) and any(used.name in slot.env for used in node.all_input_nodes):
-                slot.env[node.name] = self._run(node, slot)
+                slot.env[node.name] = self._seen(node, slot, self._run(node, slot))
             slot.free(node)
 
     def _call(self, nodes: Sequence[fx.Node]) -> None:
@@ -181,27 +210,39 @@ class _Walk:
         if self.visitor.after is not None and len(sites) == 1:
             outputs = list(self.visitor.after(sites[0], nodes[0], outputs) or outputs)
         for node, slot, output in zip(nodes, self.slots, outputs, strict=True):
-            slot.env[node.name] = output
+            slot.env[node.name] = self._seen(node, slot, output)
             slot.free(node)
+        for node, slot in zip(nodes, self.beside, strict=bool(self.beside)):
+            slot.env[node.name] = self._run(node, slot)
+            slot.free(node)
+
+    def _seen(self, node: fx.Node, slot: _Slot, made: Any) -> Any:
+        """Return what the visitor puts in the place of a value."""
+        silent = self.visitor.value is None or slot.values is not self.values
+        changed = None if silent else self.visitor.value(slot.graph, node, made)  # type: ignore[misc]
+        return made if changed is None else changed
 
     def _before(self, nodes: Sequence[fx.Node], sites: Sequence[Site]) -> None:
         if nodes[0].target in RECURRENT:
             return self._visit_recurrent(nodes)
         for site in sites:
-            self._visit_site(site, nodes, self._operand(nodes, site.operand))
+            beside = self._operand(nodes, site.operand, self.beside) if self.beside else None
+            self._visit_site(site, nodes, self._operand(nodes, site.operand, self.slots), beside)
         return None
 
-    def _operand(self, nodes: Sequence[fx.Node], operand: int) -> Inputs:
+    def _operand(self, nodes: Sequence[fx.Node], operand: int, slots: Sequence[_Slot]) -> Inputs:
         def inputs() -> Iterator[Tensor]:
-            for node, slot in zip(nodes, self.slots, strict=True):
+            for node, slot in zip(nodes, slots, strict=True):
                 value = self._value(node.args[operand], slot)
                 yield value[0] if isinstance(value, list) else value  # an LSTM cell gets [hidden, cell]
 
         return inputs
 
-    def _visit_site(self, site: Site, nodes: Sequence[fx.Node], inputs: Inputs) -> None:
+    def _visit_site(
+        self, site: Site, nodes: Sequence[fx.Node], inputs: Inputs, reference: Inputs | None = None
+    ) -> None:
         assert self.visitor.before is not None
-        changed = self.visitor.before(site, Reader(site=site, nodes=nodes, inputs=inputs))
+        changed = self.visitor.before(site, Reader(site=site, nodes=nodes, inputs=inputs, reference=reference))
         if changed is not None:
             self.values[site.param] = changed
 
@@ -219,7 +260,7 @@ class _Walk:
         if node.name in slot.graph.constants:
             return slot.graph.constants[node.name]
         if node.op == "placeholder":
-            return self.values[slot.graph.values[node.name]]
+            return slot.values[slot.graph.values[node.name]]
         return self._run(node, slot)
 
     def _visit_recurrent(self, nodes: Sequence[fx.Node]) -> None:

@@ -336,9 +336,9 @@ RECIPES = {
         says='recipe.yaml:5: there is no step "quantise"; did you mean "quantize"?',
     ),
     "step of a later version": Case(
-        prepare=(recipe("- quantize:", "- prune: {ratio: 0.5}\n  - quantize:"),),
+        prepare=(recipe("- quantize:", "- recover: {steps: 5}\n  - quantize:"),),
         code=2,
-        says='recipe.yaml:5: the step "prune" is not available in this version; use quantize',
+        says='recipe.yaml:5: the step "recover" is not available in this version; use prune, factorize, quantize',
     ),
     "unknown quantizer": Case(
         prepare=(step("quantizer: kmean, bits: 4"),),

@@ -241,7 +241,8 @@ BAD = {
     "steps:\n  - a: {}\n    b: {}": "r.yaml:2: a step is one name with its settings, got a, b; "
     'write "- quantize: {bits: 4}"',
     "steps:\n  - quantise: {}": 'r.yaml:2: there is no step "quantise"; did you mean "quantize"?',
-    "steps:\n  - prune: {}": 'r.yaml:2: the step "prune" is not available in this version; use quantize',
+    "steps:\n  - recover: {}": 'r.yaml:2: the step "recover" is not available in this version; '
+    "use prune, factorize, quantize",
     "steps:\n  - fake.none: {}": "r.yaml:2: the step \"fake.none\" cannot be imported: No module named 'fake.none'; "
     "'fake' is not a package; install its package",
     "steps:\n  - fake.step: 4": "r.yaml:2: fake.step must be a mapping, got 4",

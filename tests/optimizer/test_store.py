@@ -48,7 +48,7 @@ def coded(weight: Weight, index: int) -> Weight:
 
 @functools.cache
 def compressed(name: str) -> Model:
-    """Return a network of the zoo, folded, with weights of all forms."""
+    """Return a network of the zoo, folded, with weights of all forms, and a grid for its input if that is an image."""
     net = case(name)
     model = fold.apply(net.model, fold.plan(net.model, net.traced.graph))
     layouts = {param: sites[0].layout for param, sites in net.traced.graph.of_param().items()}
@@ -58,7 +58,8 @@ def compressed(name: str) -> Model:
         for key, weight in model.weights.items()
     }
     kinds = {key: coded(weight, i) for i, (key, weight) in enumerate(weights.items())}
-    acts = {"head": ActQuant(scale=0.1, zero=3, signed=False)}
+    image = net.net.file == "convolutions"
+    acts = {f"input/{net.net.inputs[0].name}": ActQuant(scale=0.1, zero=3, signed=False)} if image else {}
     return replace(model.with_weights(kinds), acts=acts)
 
 

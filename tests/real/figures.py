@@ -128,7 +128,7 @@ def accuracy() -> Iterator[dict[str, Any]]:
 def others() -> Iterator[dict[str, Any]]:
     for network in OTHERS:
         with tempfile.TemporaryDirectory() as folder:
-            report = _run(network, Path(folder) / "out")
+            report = optimize_run(network, Path(folder) / "out")
             keys = ("metric", "drop", "drop_ci95", "size_bytes", "bits_per_weight")
             yield {
                 "network": network,
@@ -147,7 +147,7 @@ def scaling() -> Iterator[dict[str, Any]]:
         *(("resnet56", n) for n in (128, 512, 2048)),
     ):
         with tempfile.TemporaryDirectory() as folder:
-            report = _run(network, Path(folder) / "out", f"data.samples={samples}", "metric=null")
+            report = optimize_run(network, Path(folder) / "out", f"data.samples={samples}", "metric=null")
             (step,) = report["steps"]
             yield {
                 "network": network,
@@ -162,8 +162,8 @@ def scaling() -> Iterator[dict[str, Any]]:
 def _accuracy_row(network: str, bits: int, draw: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        report = _run(network, out, f"steps.0.quantize.bits={bits}", f"data.seed={draw}")
-        lossless, before = _lossless(network, out)
+        report = optimize_run(network, out, f"steps.0.quantize.bits={bits}", f"data.seed={draw}")
+        after, before = lossless(network, out)
     middle = [row for row in report["layers"] if row["name"] not in EIGHT_BIT]
     return {
         "network": network,
@@ -174,8 +174,8 @@ def _accuracy_row(network: str, bits: int, draw: int) -> dict[str, Any]:
         "jpeg_drop": report["final"]["drop"],
         "jpeg_drop_ci95": report["final"]["drop_ci95"],
         "lossless_before": before,
-        "lossless_after": lossless,
-        "lossless_drop": 100 * (before - lossless),
+        "lossless_after": after,
+        "lossless_drop": 100 * (before - after),
         "bits_per_weight": 8
         * sum(row["size_bytes"] for row in middle)
         / sum(int(np.prod(row["shape"])) for row in middle),
@@ -185,7 +185,7 @@ def _accuracy_row(network: str, bits: int, draw: int) -> dict[str, Any]:
     }
 
 
-def _lossless(network: str, out: Path) -> tuple[float, float]:
+def lossless(network: str, out: Path) -> tuple[float, float]:
     """Return the accuracy of the exported file and of the original on the 1000 lossless test images."""
     from paredown.exporters import onnx
     from paredown.optimizer import planning, recipe
@@ -204,7 +204,7 @@ def _lossless(network: str, out: Path) -> tuple[float, float]:
         return float(np.mean(metric(artifact))), float(np.mean(metric(original.module())))
 
 
-def _run(network: str, out: Path, *settings: str) -> dict[str, Any]:
+def optimize_run(network: str, out: Path, *settings: str) -> dict[str, Any]:
     command = [str(Path(sys.executable).with_name("optimize")), "run", str(HERE / "recipes" / f"{network}.yaml")]
     command += ["--out", str(out)] + [part for setting in settings for part in ("--set", setting)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

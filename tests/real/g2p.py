@@ -54,7 +54,7 @@ class G2P(nn.Module):
 
     def forward(self, letters: Tensor, phonemes: Tensor) -> Tensor:
         x = F.embedding(letters, self.enc_emb)
-        start = x.new_zeros(1, x.shape[0], WIDTH)
+        start = x.new_zeros(1, x.shape[0], self.enc_w_hh.shape[1])
         encoder = [self.enc_w_ih, self.enc_w_hh, self.enc_b_ih, self.enc_b_hh]
         states, _ = torch.gru(x, start, encoder, True, 1, 0.0, False, False, True)
         last = (states * (letters == WORD_END).unsqueeze(2)).sum(1)  # the state where the word ends

@@ -1,79 +1,10 @@
-"""The zoo: every small network with its inputs, seeded batches and the sites that its graph must show."""
+"""The zoo: every small network with its inputs and the sites that its graph must show."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from paredown.optimizer.model import InputSpec
 
-import torch
-from torch import Tensor, nn
-
-from paredown.optimizer.model import InputSpec, Model, Source, SourceFile, from_module
-
-FOLDER = Path(__file__).parent
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Net:
-    """A network of the zoo.
-
-    file, name: `<file>.py:<name>` builds it. high: whole-number inputs lie below it. sizes: a value for each named
-    dimension but the batch. sites: each use of a weight in graph order, one a line: parameter, kind, rows; "linear_t"
-    is a parameter (in, out) that multiplies from the right.
-    """
-
-    file: str
-    name: str
-    inputs: tuple[InputSpec, ...]
-    high: int = 2
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    sites: str
-
-    def build(self) -> nn.Module:
-        """Return the network, the same one each time, its normalizations as if trained."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module: nn.Module = getattr(importlib.import_module(f".{self.file}", __package__), self.name)()
-            for part in module.modules():
-                if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                    _settle(part)
-        return module.eval()
-
-    def batch(self, size: int, seed: int = 0, **sizes: int) -> tuple[Tensor, ...]:
-        """Return one seeded input per spec; named dimensions as given."""
-        generator = torch.Generator().manual_seed(seed)
-        known = {"batch": size, **self.sizes, **sizes}
-        return tuple(self._example(spec, known, generator) for spec in self.inputs)
-
-    def batches(self, *sizes: int) -> list[tuple[Tensor, ...]]:
-        """Return batches of the given sizes."""
-        return [self.batch(size, seed) for seed, size in enumerate(sizes)]
-
-    def source(self) -> Source:
-        name = f"{self.file}.py"
-        return Source(entry=f"{name}:{self.name}", files=(SourceFile(name=name, text=(FOLDER / name).read_text()),))
-
-    def model(self) -> Model:
-        return from_module(self.build(), self.inputs, self.source())
-
-    def _example(self, spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
-        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-        if spec.dtype != "int64":
-            return torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
-        return torch.randint(0, 2 if spec.name == "mask" else self.high, shape, generator=generator)
-
-
-def _settle(norm: nn.modules.batchnorm._BatchNorm) -> None:
-    """Give a normalization statistics, gains and shifts that are neither 0 nor 1, some of them negative."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.3, 3.0)
-    if norm.affine:
-        nn.init.normal_(norm.weight, std=1.0)
-        nn.init.normal_(norm.bias, std=0.5)
+from .net import Net as Net
 
 
 def _image(channels: int = 3) -> tuple[InputSpec, ...]:
@@ -120,6 +51,38 @@ lstm.weight_hh_l{0} recurrent 0:24
 CELL = """
 cell.weight_ih recurrent 0:18
 cell.weight_hh recurrent 0:18
+"""
+
+EXCITED_BLOCK = """
+blocks.{0}.expand.weight conv 0:{1}
+blocks.{0}.filter.weight conv 0:{1}
+blocks.{0}.squeeze.weight conv 0:4
+blocks.{0}.excite.weight conv 0:{1}
+blocks.{0}.project.weight conv 0:8
+"""
+APART_BLOCK = """
+blocks.{0}.attention.query.weight linear 0:12
+blocks.{0}.attention.key.weight linear 0:12
+blocks.{0}.attention.value.weight linear 0:12
+blocks.{0}.attention.output.weight linear 0:12
+blocks.{0}.grow.weight linear 0:16
+blocks.{0}.shrink.weight linear 0:12
+"""
+PACKED_BLOCK = """
+blocks.{0}.attention.qkv.weight linear 0:36
+blocks.{0}.attention.proj.weight linear 0:12
+blocks.{0}.grow.weight linear 0:16
+blocks.{0}.shrink.weight linear 0:12
+"""
+PATCHES = """
+embed.weight conv 0:12
+positions.weight embedding 0:4
+"""
+TAGGER_LAYER = """
+lstm.weight_ih_l{0} recurrent 0:32
+lstm.weight_hh_l{0} recurrent 0:32
+lstm.weight_ih_l{0}_reverse recurrent 0:32
+lstm.weight_hh_l{0}_reverse recurrent 0:32
 """
 
 NETS = (
@@ -206,6 +169,80 @@ score.weight linear 0:3
 """,
     ),
     Net(
+        file="features",
+        name="dense",
+        inputs=_image(),
+        sites="""
+stem.weight conv 0:8
+first.0.conv.weight conv 0:6
+first.1.conv.weight conv 0:6
+between.weight conv 0:10
+second.conv.weight conv 0:6
+head.weight linear 0:5
+""",
+    ),
+    Net(
+        file="features",
+        name="restorer",
+        inputs=_image(),
+        sites="""
+stem.weight conv 0:8
+blocks.0.conv1.weight conv 0:12
+blocks.0.conv2.weight conv 0:8
+blocks.1.conv1.weight conv 0:12
+blocks.1.conv2.weight conv 0:8
+grow.weight conv 0:24
+out.weight conv 0:3
+""",
+    ),
+    Net(
+        file="features",
+        name="gated",
+        inputs=_image(),
+        sites="""
+first.weight conv 0:16
+second.weight conv 0:24
+out.weight conv 0:4
+""",
+    ),
+    Net(
+        file="features",
+        name="segmenter",
+        inputs=_image(),
+        sites="""
+fine.weight conv 0:8
+coarse.weight conv 0:12
+context.weight conv 0:12
+narrow.weight conv 0:8
+auxiliary.weight conv 0:3
+score.weight linear 0:2
+mask.weight conv 0:3
+""",
+    ),
+    Net(
+        file="features",
+        name="multiplied",
+        inputs=(InputSpec(name="wave", shape=("batch", 4, "time")),),
+        sizes={"time": 16},
+        sites="""
+encode.weight conv 0:8
+twice.weight conv 0:16
+mix.weight conv 0:6
+thrice.weight conv 0:18
+gather.weight conv 0:6
+head.weight linear 0:3
+""",
+    ),
+    Net(
+        file="features",
+        name="excited",
+        inputs=_image(),
+        sites="stem.weight conv 0:8"
+        + EXCITED_BLOCK.format(0, 16)
+        + EXCITED_BLOCK.format(1, 12)
+        + "head.2.weight linear 0:12\nclassify.weight linear 0:4",
+    ),
+    Net(
         file="transformers",
         name="vision",
         inputs=_image(),
@@ -270,6 +307,32 @@ both_ways linear 0:5
 """,
     ),
     Net(
+        file="attentions",
+        name="apart",
+        inputs=_image(),
+        sites=PATCHES + APART_BLOCK.format(0) + APART_BLOCK.format(1) + "head.weight linear 0:4",
+    ),
+    Net(
+        file="attentions",
+        name="packed",
+        inputs=_image(),
+        sites=PATCHES + PACKED_BLOCK.format(0) + PACKED_BLOCK.format(1) + "head.weight linear 0:4",
+    ),
+    Net(
+        file="attentions",
+        name="swiglu",
+        inputs=(InputSpec(name="x", shape=("batch", "time", 6)),),
+        sizes={"time": 5},
+        sites="""
+embed.weight linear 0:8
+layers.0.gate_up.weight linear 0:28
+layers.0.down.weight linear 0:8
+layers.1.gate_up.weight linear 0:20
+layers.1.down.weight linear 0:8
+head.weight linear 0:3
+""",
+    ),
+    Net(
         file="recurrent",
         name="gru",
         inputs=_STEPS,
@@ -289,9 +352,30 @@ both_ways linear 0:5
         inputs=(InputSpec(name="steps", shape=("batch", 4, 5)),),
         sites=CELL * 4 + "head.weight linear 0:2",
     ),
+    Net(
+        file="recurrent",
+        name="gru_classifier",
+        inputs=_STEPS,
+        sizes={"time": 6},
+        sites="""
+embed.weight linear 0:8
+gru.weight_ih_l0 recurrent 0:30
+gru.weight_hh_l0 recurrent 0:30
+gru.weight_ih_l1 recurrent 0:30
+gru.weight_hh_l1 recurrent 0:30
+head.weight linear 0:4
+""",
+    ),
+    Net(
+        file="recurrent",
+        name="lstm_tagger",
+        inputs=_STEPS,
+        sizes={"time": 6},
+        sites=TAGGER_LAYER.format(0) + TAGGER_LAYER.format(1) + "inner.weight linear 0:10\nhead.weight linear 0:4",
+    ),
 )
 
 ZOO = {net.name: net for net in NETS}
 """Name -> network."""
 NORMALIZED = ("residual", "separable", "waves", "encoder_decoder", "squeeze_excite", "grouped", "detector")
-"""Those with batch normalizations."""
+"""Those with batch normalizations that all fold."""

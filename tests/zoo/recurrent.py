@@ -1,4 +1,7 @@
-"""Small recurrent networks: a bidirectional GRU of two layers, a stacked LSTM, and cells called step by step."""
+"""Small recurrent networks: GRU and LSTM stacked and in two directions, and cells called step by step.
+
+In the classifier and the tagger nothing but the output sequence is read, so that every hidden unit may go.
+"""
 
 from __future__ import annotations
 
@@ -60,3 +63,39 @@ class Cells(nn.Module):
 
 def cells() -> nn.Module:
     return Cells()
+
+
+class GruClassifier(nn.Module):
+    """A stacked GRU whose last step alone is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.gru = nn.GRU(8, 10, num_layers=2, batch_first=True)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.gru(torch.tanh(self.embed(x)))
+        out: Tensor = self.head(y[:, -1])
+        return out
+
+
+def gru_classifier() -> nn.Module:
+    return GruClassifier()
+
+
+class LstmTagger(nn.Module):
+    """An LSTM in two directions whose outputs are concatenated and read at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 8, num_layers=2, bidirectional=True, batch_first=True)
+        self.inner, self.head = nn.Linear(16, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.relu(self.inner(self.lstm(x)[0])))
+        return y
+
+
+def lstm_tagger() -> nn.Module:
+    return LstmTagger()

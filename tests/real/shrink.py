@@ -1,0 +1,158 @@
+"""The figures of pruning and of int8 in the README, on real checkpoints. Writes into bench/results/.
+
+    .venv/bin/python tests/real/shrink.py pruning    30 % of the MACs of ResNet-20 and -56: obs beside magnitude
+    .venv/bin/python tests/real/shrink.py int8       every convolutional checkpoint with int8 activations
+    .venv/bin/python tests/real/shrink.py speed      ResNet-56: latency and bytes, on an idle machine
+    .venv/bin/python tests/real/shrink.py kinds      prune, quantize, export and verify one network of each kind
+
+Rows of `int8`, `speed` and `kinds` are `optimize run` of a recipe in tests/real/recipes with other steps, in a process
+of its own; those of `pruning` call the prune step and measure in torch. `figures.py readme` writes the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from figures import HERE, RESULTS, lossless, optimize_run
+from torch import nn
+
+PART = 0.3
+INNER = "only conv1 of each block"
+METHODS: Mapping[str, tuple[bool, Mapping[str, Any]]] = {
+    "obs": (False, {"criterion": "obs"}),
+    f"obs, {INNER}": (False, {"criterion": "obs", "skip": ("conv1",)}),
+    f"magnitude, {INNER}": (
+        False,
+        {"criterion": "magnitude", "skip": ("conv1",), "compensate": False, "correct": False},
+    ),
+    f"magnitude, {INNER}, then BN re-estimation": (
+        True,
+        {"criterion": "magnitude", "skip": ("conv1",), "compensate": False, "correct": False},
+    ),
+}
+"""What is compared at the same MACs: the settings of the prune step, and whether statistics are re-estimated."""
+
+PRUNE = {
+    "mobilenet": "{remove_macs: 0.1}",
+    "espnet": "{remove_macs: 0.2}",
+    "ultraface": "{remove_macs: 0.2}",
+    "dncnn": "{remove_macs: 0.3}",
+    "stories": "{ratio: 0.1}",
+    "g2p": "{ratio: 0.1}",
+    "dtln": "{ratio: 0.1}",
+    "resnet56": "{remove_macs: 0.3}",
+}
+INT8 = "{quantizer: uniform, bits: 8, activations: int8}"
+FOUR = "{quantizer: lnq, bits: 4}"
+CONVOLUTIONAL = ("resnet20", "resnet56", "mobilenet", "dncnn", "espnet", "ultraface")
+SPEED = {
+    "pruned 30 %, widths of 16": f"[prune: {{remove_macs: {PART}, round_to: 16}}]",
+    "int8": f"[quantize: {INT8}]",
+    "pruned 30 %, widths of 16, int8": f"[prune: {{remove_macs: {PART}, round_to: 16}}, quantize: {INT8}]",
+}
+
+
+def main() -> None:
+    (what,) = sys.argv[1:]
+    rows = {"pruning": pruning, "int8": int8, "speed": speed, "kinds": kinds}[what]()
+    path, found = RESULTS / f"{what}.json", list[dict[str, Any]]()
+    for row in rows:
+        found.append(row)
+        print(json.dumps(row), flush=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def pruning() -> Iterator[dict[str, Any]]:
+    """Yield a row per network and method: the drop on both image sets at 70 % of the MACs."""
+    for network in ("resnet20", "resnet56"):
+        for method in METHODS:
+            for draw in (0, 1, 2) if method == "obs" else (0,):
+                yield _pruned(network, method, draw)
+
+
+def int8() -> Iterator[dict[str, Any]]:
+    """Yield a row per network: the drop, the parity with torch, and which operators the runtime runs in integers."""
+    for network in CONVOLUTIONAL:
+        yield _summed(network, f"[quantize: {INT8}]")
+
+
+def kinds() -> Iterator[dict[str, Any]]:
+    for network, settings in PRUNE.items():
+        second = INT8 if network in CONVOLUTIONAL else FOUR
+        yield _summed(network, f"[prune: {settings}, quantize: {second}]")
+
+
+def speed() -> Iterator[dict[str, Any]]:
+    """Yield a row per way of shrinking ResNet-56: latency beside the original in the same process, bytes, drop."""
+    for name, steps in SPEED.items():
+        yield {"name": name, **_summed("resnet56", steps, "bench={batch: [1, 32], threads: [1]}")}
+
+
+def _summed(network: str, steps: str, *settings: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        report = optimize_run(network, out, f"steps={steps}", *settings)
+        files = {path.name: path.stat().st_size for path in out.glob("*.onnx*")}
+        accuracy = lossless(network, out) if network.startswith("resnet") else None
+    final, baseline = report["final"], report["baseline"]
+    return {
+        "network": network,
+        "steps": steps,
+        "samples": report["steps"][0]["spec"].get("samples"),
+        "baseline": {key: baseline[key] for key in ("metric", "size_bytes", "parameters", "macs")},
+        "final": {key: final[key] for key in ("metric", "drop", "drop_ci95", "drop_unit", "size_bytes", "macs")},
+        "lossless": accuracy,
+        "files": files,
+        "verify": report["verify"],
+        "bench": report["bench"],
+        "modes": sorted({str(row["mode"]) for row in report["layers"]}),
+        "seconds": report["seconds"],
+        "environment": report["environment"],
+    }
+
+
+def _pruned(network: str, method: str, draw: int) -> dict[str, Any]:
+    from paredown.optimizer import cost, entry, planning, prune, recipe
+    from paredown.optimizer.steps import Hooks
+    from paredown.optimizer.walk import trace
+
+    job = planning.load(recipe.read(HERE / "recipes" / f"{network}.yaml", [f"data.seed={draw}"]))
+    again, settings = METHODS[method]
+    spec = prune.Spec(remove_macs=PART, **settings)
+    result = prune.apply(job.model, spec, prune.plan(job.model, spec, (), job.ground), job.calibration, Hooks())
+    graph = trace(result.model.module(), job.calibration.batches[:1]).graph
+    before, after = job.model.module(), result.model.module()
+    if again:
+        _reestimate(after, job.calibration.batches)
+    row: dict[str, Any] = {"network": network, "method": method, "draw": draw}
+    row["macs"] = cost.macs(graph) / cost.macs(job.graph)
+    for name in ("jpeg", "lossless"):
+        metric = entry.resolve(f"../resnet_cifar.py:top1_{name}", HERE / "recipes").function
+        with torch.no_grad():
+            row[f"{name}_before"], row[f"{name}_after"] = (float(np.mean(metric(m))) for m in (before, after))
+        row[f"{name}_drop"] = 100 * (row[f"{name}_before"] - row[f"{name}_after"])
+    return row
+
+
+def _reestimate(module: nn.Module, batches: Any) -> None:
+    """Give every batch normalization the statistics of the calibration data, averaged over its batches."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.reset_running_stats()
+            part.momentum = None
+            part.train()
+    with torch.no_grad():
+        for batch in batches:
+            module(*batch)
+    module.eval()
+
+
+if __name__ == "__main__":
+    main()
