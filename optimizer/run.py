@@ -45,8 +45,6 @@ from .workspace import Workspace, fingerprint
 TARGETS, RUNTIMES, SCENARIOS = ("onnx",), ("onnxruntime",), ("edge",)
 RESUME = "the layers that are finished are kept for --resume"
 UNTOUCHED = "no step asked for it"
-FOLDED = "a folded codebook runs at the speed of floats until low-bit kernels are registered"
-"""Why a compressed file is no faster in a runtime without our kernels: it decodes weights once, when loading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,10 +286,11 @@ class _Run:
         parts["bench"] = [row.report() for row in rows]
         parts["environment"]["bench_caution"] = compare.caution(rows)
         if is_slower(parts["bench"]):
-            parts["decisions"].append({"layer": "*", "kept": "compressed", "reason": FOLDED})
+            why = summary.why_slower(parts)
+            parts["decisions"].append({"layer": "*", "kept": "compressed", "reason": why})
             if self.options.strict and self.recipe.gates.never_slower:
                 where = self.recipe.at("gates")
-                return InfeasibleError("the result is slower than the original", where=where, fix=FOLDED)
+                return InfeasibleError("the result is slower than the original", where=where, fix=why)
         return None
 
     def _finish(self, parts: dict[str, Any], failure: Error | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -89,6 +89,15 @@ def decision_row(step: Step, decision: Decision) -> dict[str, Any]:
     if decision.method:
         return {"layer": decision.layer, "kept": step_module(step.name).shown(decision), "reason": "as the recipe says"}
     return {"layer": decision.layer, "fallback": step_module(step.name).UNTOUCHED, "reason": decision.reason}
+
+
+def why_slower(parts: Mapping[str, Any]) -> str:
+    """Return the likeliest reason why a smaller file is slower, from the rows of its report."""
+    if any(row["mode"] == "decoded to float" for row in parts["layers"]):
+        return "a folded codebook runs at the speed of floats until low-bit kernels are registered"
+    if any(row["step"] == "prune" for row in parts["steps"]):
+        return "narrow convolutions are padded to 16 channels by many processors: prune with round_to: 16"
+    return "the runtime has no faster form of these operators at this size"
 
 
 def reset_peak_rss() -> None:

@@ -137,11 +137,19 @@ def test_the_results_have_their_place() -> None:
     assert README.index("<!-- results:begin -->") < README.index("<!-- results:end -->")
 
 
+def table(text: str, title: str) -> list[str]:
+    """Return the names in the first column of the table with this heading, sorted."""
+    found = re.search(rf"^\| {re.escape(title)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    assert found is not None, title
+    return sorted(name for row in found[1].splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1]))
+
+
 def test_tables_are_those_of_the_code() -> None:
-    """Every quantizer and every exit code, and no other."""
+    """Every step, criterion, quantizer and exit code, and no other."""
     text = section("What it does")
-    names = re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE)
-    assert sorted(names) == sorted(path.stem for path in (ROOT / "optimizer/quantizers").glob("[a-z]*.py"))
+    assert table(text, "step") == sorted(["prune", "factorize", "quantize"])
+    for title, folder in (("criterion of `prune`", "criteria"), ("quantizer", "quantizers")):
+        assert table(text, title) == sorted(path.stem for path in (ROOT / "optimizer" / folder).glob("[a-z]*.py"))
     codes = [int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)]
     assert codes == [0, *sorted(kind.exit_code for kind in errors.Error.__subclasses__()), INTERRUPTED]
 

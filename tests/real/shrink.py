@@ -24,20 +24,18 @@ from figures import HERE, RESULTS, lossless, optimize_run
 from torch import nn
 
 PART = 0.3
-INNER = "only conv1 of each block"
-METHODS: Mapping[str, tuple[bool, Mapping[str, Any]]] = {
-    "obs": (False, {"criterion": "obs"}),
-    f"obs, {INNER}": (False, {"criterion": "obs", "skip": ("conv1",)}),
-    f"magnitude, {INNER}": (
-        False,
-        {"criterion": "magnitude", "skip": ("conv1",), "compensate": False, "correct": False},
-    ),
-    f"magnitude, {INNER}, then BN re-estimation": (
-        True,
-        {"criterion": "magnitude", "skip": ("conv1",), "compensate": False, "correct": False},
-    ),
+PLAIN = {"compensate": False, "correct": False}
+INNER = {"skip": ("conv1",)}
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "obs": {"criterion": "obs"},
+    "obs, inner widths": {"criterion": "obs", **INNER},
+    "magnitude, inner widths, all alike": {"criterion": "magnitude", "scope": "layer", **INNER, **PLAIN},
+    "magnitude, inner widths, global": {"criterion": "magnitude", **INNER, **PLAIN},
 }
-"""What is compared at the same MACs: the settings of the prune step, and whether statistics are re-estimated."""
+"""What is compared at the same MACs: the settings of the prune step. Inner widths: conv1 of each block alone.
+
+Methods that compensate nothing are measured twice: raw, and after re-estimating batch normalizations.
+"""
 
 PRUNE = {
     "mobilenet": "{remove_macs: 0.1}",
@@ -71,10 +69,11 @@ def main() -> None:
 
 def pruning() -> Iterator[dict[str, Any]]:
     """Yield a row per network and method: the drop on both image sets at 70 % of the MACs."""
-    for network in ("resnet20", "resnet56"):
+    for network in ("resnet56", "resnet20"):
+        before: dict[str, float] = {}
         for method in METHODS:
             for draw in (0, 1, 2) if method == "obs" else (0,):
-                yield _pruned(network, method, draw)
+                yield _pruned(network, method, draw, before)
 
 
 def int8() -> Iterator[dict[str, Any]]:
@@ -118,27 +117,37 @@ def _summed(network: str, steps: str, *settings: str) -> dict[str, Any]:
     }
 
 
-def _pruned(network: str, method: str, draw: int) -> dict[str, Any]:
-    from paredown.optimizer import cost, entry, planning, prune, recipe
+def _pruned(network: str, method: str, draw: int, before: dict[str, float]) -> dict[str, Any]:
+    """Return a row; `before` holds the original's accuracies once they are known."""
+    from paredown.optimizer import cost, planning, prune, recipe
     from paredown.optimizer.steps import Hooks
     from paredown.optimizer.walk import trace
 
     job = planning.load(recipe.read(HERE / "recipes" / f"{network}.yaml", [f"data.seed={draw}"]))
-    again, settings = METHODS[method]
-    spec = prune.Spec(remove_macs=PART, **settings)
+    if not before:
+        before.update(_accuracies(job.model.module()))
+    spec = prune.Spec(remove_macs=PART, **METHODS[method])
     result = prune.apply(job.model, spec, prune.plan(job.model, spec, (), job.ground), job.calibration, Hooks())
     graph = trace(result.model.module(), job.calibration.batches[:1]).graph
-    before, after = job.model.module(), result.model.module()
-    if again:
-        _reestimate(after, job.calibration.batches)
-    row: dict[str, Any] = {"network": network, "method": method, "draw": draw}
+    module = result.model.module()
+    row: dict[str, Any] = {"network": network, "method": method, "draw": draw, "notes": list(result.notes)}
     row["macs"] = cost.macs(graph) / cost.macs(job.graph)
-    for name in ("jpeg", "lossless"):
-        metric = entry.resolve(f"../resnet_cifar.py:top1_{name}", HERE / "recipes").function
-        with torch.no_grad():
-            row[f"{name}_before"], row[f"{name}_after"] = (float(np.mean(metric(m))) for m in (before, after))
-        row[f"{name}_drop"] = 100 * (row[f"{name}_before"] - row[f"{name}_after"])
+    row["before"], row["after"] = dict(before), _accuracies(module)
+    if not spec.compensate:
+        _reestimate(module, job.calibration.batches)
+        row["after_bn"] = _accuracies(module)
+    for key in ("after", "after_bn"):
+        if key in row:
+            row[key.replace("after", "drop")] = {name: 100 * (before[name] - row[key][name]) for name in before}
     return row
+
+
+def _accuracies(module: nn.Module) -> dict[str, float]:
+    from paredown.optimizer.entry import resolve
+
+    metrics = {name: resolve(f"../resnet_cifar.py:top1_{name}", HERE / "recipes") for name in ("jpeg", "lossless")}
+    with torch.no_grad():
+        return {name: float(np.mean(metric.function(module))) for name, metric in metrics.items()}
 
 
 def _reestimate(module: nn.Module, batches: Any) -> None:
