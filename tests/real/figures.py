@@ -3,7 +3,8 @@
     .venv/bin/python tests/real/figures.py accuracy    drops of ResNet-20 and -56 at 4, 3 and 2 bits, three draws each
     .venv/bin/python tests/real/figures.py others      depthwise, Llama, GRU and denoiser at 4 bits
     .venv/bin/python tests/real/figures.py scaling     seconds and memory against layers and samples, on an idle machine
-    .venv/bin/python tests/real/figures.py readme      the tables of the README, from bench/results/
+
+`tables.py` writes the tables of the README from bench/results/.
 
 Every row is one `optimize run` of a recipe in tests/real/recipes, in a process of its own.
 """
@@ -31,8 +32,6 @@ EIGHT_BIT = ("conv1.weight", "linear.weight")
 
 def main() -> None:
     (what,) = sys.argv[1:]
-    if what == "readme":
-        return readme()
     rows = {"accuracy": accuracy, "others": others, "scaling": scaling}[what]()
     path = RESULTS / f"{what}.json"
     found: list[dict[str, Any]] = []
@@ -40,81 +39,6 @@ def main() -> None:
         found.append(row)
         print(json.dumps(row), flush=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
-    return None
-
-
-def readme() -> None:
-    """Write the tables between the markers of README.md."""
-    path = HERE.parent.parent / "README.md"
-    text = path.read_text()
-    begin, end = "<!-- results:begin -->\n", "<!-- results:end -->"
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
-    path.write_text(head + begin + "\n".join([_accuracy_table(), _others_table(), _scaling_table()]) + end + tail)
-
-
-def _accuracy_table() -> str:
-    rows = json.loads((RESULTS / "accuracy.json").read_text())
-    lines = [
-        "CIFAR-10, codebooks by `lnq` with error feedback, first convolution and classifier at 8 bits: loss of "
-        "accuracy in points, mean of three draws of 512 unlabelled images (least to most), no training. 10,000 test "
-        "images as JPEG, paired, and 1,000 lossless ones (ten images a point). Measured through the exported file by "
-        "`python tests/real/figures.py accuracy`.\n",
-        "| network | bits | bits a weight | weights, of the original's | loss, 10,000 JPEG | loss, 1,000 lossless |",
-        "|---|---|---|---|---|---|",
-    ]
-    for network in NETWORKS:
-        for bits in (4, 3, 2):
-            part = [row for row in rows if (row["network"], row["bits"]) == (network, bits)]
-            share = np.mean([row["size_bytes"] / row["baseline_size_bytes"] for row in part])
-            weight = np.mean([row["bits_per_weight"] for row in part])
-            before = f"{100 * part[0]['jpeg_before']:.2f} %"
-            lines.append(
-                f"| {network} ({before}) | {bits} | {weight:.2f} | {100 * share:.1f} % "
-                f"| {_spread(part, 'jpeg_drop')} | {_spread(part, 'lossless_drop')} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _spread(rows: list[dict[str, Any]], key: str) -> str:
-    values = [row[key] for row in rows]
-    return f"**{np.mean(values):.2f}** ({min(values):.2f} to {max(values):.2f})"
-
-
-def _others_table() -> str:
-    lines = [
-        "Other architectures, 4 bits by `lnq`: `optimize run tests/real/recipes/<network>.yaml`, or all by "
-        "`python tests/real/figures.py others`. `verify`: largest relative difference between torch and onnxruntime.\n",
-        "| network | metric | original | 4 bits | loss (95 % interval) | size | bits a weight | verify |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in json.loads((RESULTS / "others.json").read_text()):
-        low, high = row["drop_ci95"]
-        ratio = row["baseline_size_bytes"] / row["size_bytes"]
-        lines.append(
-            f"| {row['network']} | {row['metric']['name']} "
-            f"| {row['baseline']['value']:.4g} | {row['metric']['value']:.4g} "
-            f"| {row['drop']:.3g} ({low:.3g} to {high:.3g}) | {ratio:.1f}x smaller | {row['bits_per_weight']:.2f} "
-            f"| {row['verify_rel']:.1e} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _scaling_table() -> str:
-    rows = json.loads((RESULTS / "scaling.json").read_text())
-    machine = rows[0]["environment"]["cpu"]
-    lines = [
-        "Time and memory of the quantize step (4 bits, `lnq` with feedback) against layers and calibration images, by "
-        f"`python tests/real/figures.py scaling` on {machine['model']}, {machine['cores']} cores.\n",
-        "| network | images | quantize | whole run, no metric | peak memory |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['network']} | {row['samples']} | {row['quantize_seconds']:.0f} s | {row['run_seconds']:.0f} s "
-            f"| {row['peak_rss_bytes'] / 2**20:.0f} MiB |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def accuracy() -> Iterator[dict[str, Any]]:

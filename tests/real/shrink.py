@@ -6,7 +6,7 @@
     .venv/bin/python tests/real/shrink.py kinds      prune, quantize, export and verify one network of each kind
 
 Rows of `int8`, `speed` and `kinds` are `optimize run` of a recipe in tests/real/recipes with other steps, in a process
-of its own; those of `pruning` call the prune step and measure in torch. `figures.py readme` writes the tables.
+of its own; those of `pruning` call the prune step and measure in torch. `tables.py` writes the tables.
 """
 
 from __future__ import annotations
