@@ -34,8 +34,9 @@ def check(decisions: Sequence[Decision]) -> None:
     """Raise RecipeError where no layer of a plan gets the weights that int8 activations need."""
     if not any(decision.method and _fits(decision) for decision in decisions):
         raise RecipeError(
-            "activations: int8 needs layers of 8-bit uniform weights with one scale per row, the step has none",
-            fix="use quantizer: uniform, bits: 8, group: 0 in the step or in an override",
+            "activations: int8 needs layers of 8-bit uniform weights with one scale per row and no residual, "
+            "the step has none",
+            fix="use quantizer: uniform, bits: 8, group: 0, without residual, in the step or in an override",
         )
 
 

@@ -161,6 +161,19 @@ def user_code(where: str) -> Iterator[None]:
         raise InputError(_told(error), where=where, fix="mend the entry's code") from error
 
 
+def foreign_module(name: str, kind: str) -> ModuleType:
+    """Import somebody else's module by its dotted name; a RecipeError where it is not there or does not load."""
+    fix = "install the module or fix its name"
+    if name.startswith("."):
+        raise RecipeError(f'{kind} "{name}" begins with a dot', fix="write the whole name of the module")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RecipeError(f'{kind} "{name}" cannot be imported: {error}', fix=fix) from error
+    except Exception as error:
+        raise RecipeError(f'{kind} "{name}" cannot be imported: {_told(error)}', fix="mend the module") from error
+
+
 def place(error: BaseException) -> str:
     """Return "file:line" of the innermost frame that is neither torch's nor ours, "" if there is none."""
     outside = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .data import Batch, Calibration, rebatch
+from .entry import user_code
 from .errors import InputError
 from .graph import Graph, Site, from_program, quiet_export
 from .model import Model
@@ -234,7 +235,8 @@ def _own_loss(run: _Run, batch: Batch, generator: torch.Generator) -> Tensor:
 
 
 def _user_loss(loss: Loss, run: _Run, batch: Batch) -> Tensor:
-    value = loss(run.outputs, batch)
+    with user_code("the loss entry"):
+        value = loss(run.outputs, batch)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise InputError(f"it returned {type(value).__name__}", where="the loss entry", fix="return a floating tensor")
     return value.sum()

@@ -58,6 +58,12 @@ class Group:
         return tuple(unit for cell in self.cells for unit in cell)
 
     @property
+    def places(self) -> tuple[range, ...]:
+        """Return which of the group's units each cell is."""
+        ends = [sum(len(cell) for cell in self.cells[: i + 1]) for i in range(len(self.cells))]
+        return tuple(range(end - len(cell), end) for end, cell in zip(ends, self.cells, strict=True))
+
+    @property
     def width(self) -> int:
         """Return how many units each cell has, the smallest one counting."""
         return min(len(cell) for cell in self.cells)
@@ -68,15 +74,15 @@ class Group:
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Return the weights that make its channels: rows, or the columns of a table where nothing has rows."""
-        return self.params("rows") or self.params("columns")
+        """Return the weights that make its channels: rows, or the columns of the table that comes first."""
+        return self.params("rows") or self.params("columns")[:1]
 
 
 def find(channels: Channels) -> tuple[Group, ...]:
     """Return the groups that can be pruned, in the order of their first producers."""
     _freeze_double_uses(channels)
     units = {root: Unit(parts=tuple(parts)) for root, parts in _parts(channels).items()}
-    units = {root: unit for root, unit in units.items() if any(p.axis == "rows" for p in unit.parts)}
+    units = {root: unit for root, unit in units.items() if any(_makes(channels, part) for part in unit.parts)}
     labels = _labels(channels, units)
     cells: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for root, unit in units.items():
@@ -88,12 +94,17 @@ def find(channels: Channels) -> tuple[Group, ...]:
 
 def kept(channels: Channels, groups: Sequence[Group]) -> dict[str, str]:
     """Return the weights that no group makes narrower, and why."""
-    covered = {param for group in groups for param in group.params("rows")}
+    covered = {param for group in groups for param in (*group.params("rows"), *group.producers)}
     return {
-        param: channels.ledger.reason(matrix.rows) or "its channels go together with all others of its layer"
+        param: channels.ledger.reason(_made(matrix)) or "its channels go together with all others of its layer"
         for param, matrix in channels.matrices.items()
-        if param not in covered and not matrix.producer
+        if param not in covered
     }
+
+
+def _made(matrix: Matrix) -> Tensor:
+    """Return the numbers of the channels that a weight makes."""
+    return matrix.columns if matrix.producer else matrix.rows
 
 
 def _freeze_double_uses(channels: Channels) -> None:
@@ -186,13 +197,19 @@ def _group(channels: Channels, cells: Sequence[list[int]], units: Mapping[int, U
     return Group(name="", cells=tuple(tuple(cell) for cell in ordered))
 
 
+def _makes(channels: Channels, part: Part) -> bool:
+    """Return whether a part makes the channel: a row of a weight, or a column of a table that is looked up."""
+    return part.axis == "rows" or (part.axis == "columns" and channels.matrices[part.param].producer)
+
+
 def _first_row(unit: Unit) -> int:
-    return next(int(part.index[0]) for part in unit.parts if part.axis == "rows")
+    """Return the unit's place: its first row, or its first column where it has none."""
+    return int(next((part for part in unit.parts if part.axis == "rows"), unit.parts[0]).index[0])
 
 
 def _rank(channels: Channels, unit: Unit) -> tuple[int, int]:
     order = {param: place for place, param in enumerate(channels.matrices)}
-    return min(order[part.param] for part in unit.parts if part.axis == "rows"), _first_row(unit)
+    return min(order[part.param] for part in unit.parts if _makes(channels, part)), _first_row(unit)
 
 
 def _named(groups: Sequence[Group]) -> tuple[Group, ...]:

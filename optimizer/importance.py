@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor, nn
 
 from .data import Calibration, rebatch
+from .entry import foreign_module
 from .errors import InfeasibleError, RecipeError, nearest
 from .gradients import Gradients, Loss, gradients
 from .groups import Group, Part, Unit
@@ -102,13 +103,15 @@ def criterion_module(name: str) -> Criterion:
     known = sorted(p.stem for p in (Path(__file__).parent / "criteria").glob("*.py") if p.stem != "__init__")
     if "." not in name and name not in known:
         raise RecipeError(f'unknown criterion "{name}"', fix=nearest(name, known))
-    try:
-        module: ModuleType = importlib.import_module(name if "." in name else f"{__package__}.criteria.{name}")
-    except ImportError as error:
-        raise RecipeError(
-            f'criterion "{name}" cannot be imported: {error}', fix="install the module or fix its name"
-        ) from error
+    module = foreign_module(name, "criterion") if "." in name else _shipped(name)
+    if not isinstance(getattr(module, "needs", None), frozenset) or not callable(getattr(module, "score", None)):
+        fix = "define needs = frozenset() and score(model, group, stats)"
+        raise RecipeError(f'criterion "{name}" is no criterion', fix=fix)
     return cast(Criterion, module)
+
+
+def _shipped(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.criteria.{name}")
 
 
 def gather(model: Model, calibration: Calibration, wanted: Wanted) -> ChannelStats:

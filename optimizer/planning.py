@@ -243,7 +243,7 @@ def _check_once(planned: Sequence[Planned]) -> None:
             raise RecipeError(what, where=step.where, fix="prune in one step, before factorize and quantize")
         for layer in (decision.layer for decision in decisions if decision.method):
             before = taken.get(layer)
-            if before and (before.name, step.name) != ("factorize", "quantize"):
+            if before and before.name != "prune" and (before.name, step.name) != ("factorize", "quantize"):
                 late = (before.name, step.name) == ("quantize", "factorize")
                 raise RecipeError(
                     f'layer "{short(layer)}" is compressed already by the step at {before.where}',

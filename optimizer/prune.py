@@ -32,6 +32,7 @@ from .weight import Dense
 
 UNTOUCHED = "full width"
 DEFAULT_RATIO = 0.3
+KEEPS_ALL = "no narrower width that round_to and max_ratio allow is worth what it would save"
 TRUST = 0.5
 """How far a layer aims at the original network's outputs instead of its own on the pruned prefix's inputs."""
 
@@ -75,6 +76,10 @@ class Spec:
         if self.loss:
             entry.parts(self.loss)
         criterion_module(self.criterion)
+        for glob, changes in self.override.items():
+            for key in changes.keys() - {"ratio", "round_to", "max_ratio"}:
+                what = f'override "{glob}" has the key "{key}"'
+                raise RecipeError(what, fix="a group's own keys are ratio, round_to and max_ratio")
 
     @property
     def how_much(self) -> tuple[budget.Resource, float]:
@@ -151,7 +156,8 @@ def plan(model: Model, spec: Spec, extras: tuple[Any, ...], ground: Ground) -> t
     check_globs((*spec.layers, *spec.skip, *spec.override), list(ground.graph.of_param()))
     found = analyse(model, spec, ground.graph, ground.calibration)
     if not found.groups:
-        raise InfeasibleError("no channel of the network can be removed", fix="see optimize plan --explain")
+        why = "; ".join(dict.fromkeys(f"{short(name)}: {reason}" for name, reason in found.kept.items()))
+        raise InfeasibleError(f"no channel of the network can be removed ({why})", fix="leave prune out")
     ranked = _ranked(found, spec, ground)
     removed = _allocated(found, spec, [_curve(spec, ranked[group.name]) for group in found.groups])
     decisions = [_decision(spec, ranked[group.name], removed[group.name]) for group in found.groups]
@@ -164,6 +170,7 @@ def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: 
     traced = trace(model.module(), fit.batches)
     found = analyse(model, spec, traced.graph, calibration)
     by_name = {group.name: group for group in found.groups}
+    _check_plan(by_name, decisions)
     chosen = {d.layer: [by_name[d.layer].units[n] for n in d.spec.remove] for d in decisions if d.method}
     units = [unit for name in chosen for unit in chosen[name]]
     if not units:
@@ -203,6 +210,21 @@ def restore(layer: str, data: Mapping[str, Any]) -> Decision:
 def shown(decision: Decision) -> str:
     """Return a decision in a few words."""
     return f"{decision.spec.keep} of {decision.spec.of} channels by {decision.method}"
+
+
+def _check_plan(known: Mapping[str, Group], decisions: Sequence[Decision]) -> None:
+    """Raise RecipeError for a decision, perhaps edited by hand, that the network's groups do not fit."""
+    for decision in (decision for decision in decisions if decision.method):
+        group = known.get(decision.layer)
+        if group is None:
+            raise RecipeError(f'"{decision.layer}" cannot be pruned', where="the plan", fix="leave its keep as planned")
+        if len(group.units) != decision.spec.of:
+            what = f'"{decision.layer}" has {len(group.units)} units, the plan says {decision.spec.of}'
+            raise RecipeError(what, where="the plan", fix="plan again")
+        lost = [sum(number in places for number in decision.spec.remove) for places in group.places]
+        if len(set(lost)) > 1:
+            what = f'"{decision.layer}" loses {lost} units of its {len(lost)} cells'
+            raise RecipeError(what, where="the plan", fix="remove as many of each")
 
 
 def _wanted(spec: Spec, name: str) -> bool:
@@ -265,7 +287,7 @@ def _decision(spec: Spec, ranking: Ranking, count: int) -> Decision:
     group = ranking.group
     gone = tuple(sorted(number for order in ranking.orders for number in order[:count]))
     if not gone:
-        return Decision(layer=group.name, reason="every channel is worth more than what it would save")
+        return Decision(layer=group.name, reason=KEEPS_ALL)
     width = Width(keep=len(group.units) - len(gone), of=len(group.units), remove=gone)
     return Decision(layer=group.name, method=spec.criterion, spec=width)
 

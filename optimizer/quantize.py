@@ -7,7 +7,6 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -18,6 +17,7 @@ from . import activations, correct, fold, residual, tree
 from .activations_range import Range, Rule
 from .codes import Format
 from .data import Calibration, rebatch, split
+from .entry import foreign_module
 from .errors import Error, InfeasibleError, RecipeError, nearest
 from .graph import Graph, Site
 from .model import Model
@@ -77,13 +77,9 @@ def quantizer_module(name: str) -> Quantizer:
     known = sorted(p.stem for p in (Path(__file__).parent / "quantizers").glob("*.py") if p.stem != "__init__")
     if "." not in name and name not in known:
         raise RecipeError(f'unknown quantizer "{name}"', fix=nearest(name, known))
-    try:
-        module: ModuleType = importlib.import_module(name if "." in name else f"{__package__}.quantizers.{name}")
-    except ImportError as error:
-        raise RecipeError(
-            f'quantizer "{name}" cannot be imported: {error}', fix="install the module or fix its name"
-        ) from error
-    return cast(Quantizer, module)
+    if "." in name:
+        return cast(Quantizer, foreign_module(name, "quantizer"))
+    return cast(Quantizer, importlib.import_module(f"{__package__}.quantizers.{name}"))
 
 
 def spec_types(fields: Mapping[str, Any]) -> tuple[type, ...]:

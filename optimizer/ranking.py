@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from .entry import user_code
+from .errors import InputError
 from .groups import Group
 from .importance import ChannelStats, criterion_module
 from .model import Model
@@ -32,21 +34,25 @@ def rank(model: Model, groups: Iterable[Group], stats: ChannelStats, criterion: 
     """
     module, groups = criterion_module(criterion), tuple(groups)
     if removal := getattr(module, "removal", None):
-        return {g.name: _joined(g, [removal(model, g, places, stats) for places in _places(g)]) for g in groups}
-    scores = {group.name: module.score(model, group, stats) for group in groups}
+        return {g.name: _joined(g, [removal(model, g, places, stats) for places in g.places]) for g in groups}
+    scores = {group.name: _checked(model, group, stats, criterion) for group in groups}
     low = min([0.0, *(float(own.min()) for own in scores.values())])
     return {group.name: _sorted(group, scores[group.name] - low) for group in groups}
 
 
-def _places(group: Group) -> list[range]:
-    """Return which of the group's units each cell is."""
-    ends = [sum(len(cell) for cell in group.cells[: i + 1]) for i in range(len(group.cells))]
-    return [range(end - len(cell), end) for end, cell in zip(ends, group.cells, strict=True)]
+def _checked(model: Model, group: Group, stats: ChannelStats, criterion: str) -> Float64[Tensor, "units"]:
+    """Return a criterion's scores; an InputError where they are not one finite number per unit."""
+    with user_code(f'criterion "{criterion}"'):
+        scores = torch.as_tensor(criterion_module(criterion).score(model, group, stats)).double()
+    if tuple(scores.shape) != (len(group.units),) or not bool(torch.isfinite(scores).all()):
+        what = f"it gave scores {tuple(scores.shape)} for {len(group.units)} units, or some that are not finite"
+        raise InputError(what, where=f'criterion "{criterion}", group "{group.name}"', fix="score every unit")
+    return scores
 
 
 def _sorted(group: Group, scores: Float64[Tensor, "units"]) -> Ranking:
     orders, costs = [], torch.zeros(group.width - 1, dtype=torch.float64)
-    for places in _places(group):
+    for places in group.places:
         own = scores[places.start : places.stop]
         order = own.argsort(stable=True)[: group.width - 1]
         orders.append(tuple(places.start + int(n) for n in order))
@@ -56,7 +62,7 @@ def _sorted(group: Group, scores: Float64[Tensor, "units"]) -> Ranking:
 
 def _joined(group: Group, found: Sequence[Elimination]) -> Ranking:
     steps = group.width - 1
-    pairs = zip(_places(group), found, strict=True)
+    pairs = zip(group.places, found, strict=True)
     orders = tuple(tuple(places.start + int(n) for n in cell.order[:steps]) for places, cell in pairs)
     costs = torch.stack([cell.costs[:steps].cumsum(0) for cell in found]).sum(0)
     return Ranking(group=group, orders=orders, costs=costs)

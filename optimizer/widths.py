@@ -184,8 +184,10 @@ def _sizes(model: Model, channels: Channels, units: Sequence[Unit]) -> dict[int,
 
 def _roots(channels: Channels, unit: Unit) -> Tensor:
     """Return the numbers of a unit."""
-    part = next(part for part in unit.parts if part.axis == "rows")
-    return channels.ledger.roots(channels.matrices[part.param].rows[part.index[:1]])
+    part = next((part for part in unit.parts if part.axis == "rows"), unit.parts[0])
+    matrix = channels.matrices[part.param]
+    numbers = matrix.rows if part.axis == "rows" else matrix.columns[part.block]
+    return channels.ledger.roots(numbers[part.index[:1] // (1 if part.axis == "rows" else matrix.taps)])
 
 
 def _shrinking(channels: Channels, value: Value, gone: Tensor) -> Iterator[tuple[int, int]]:

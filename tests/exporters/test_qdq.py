@@ -23,16 +23,14 @@ from ..zoo.nets import ZOO
 FLOATS: dict[str, tuple[str, ...]] = {
     "residual": (),
     "separable": (),
-    "waves": (),
-    "encoder_decoder": (),
-    "squeeze_excite": ("Mul",),
-    "grouped": (),
-    "detector": (),
-    "gated": (),
-    "restorer": ("Add", "Add", "PRelu"),
+    "swiglu": ("LayerNormalization", "LayerNormalization", "Mul", "Mul"),
     "llama": ("Mul", "Mul"),
 }
-"""What computes in float between int8 layers. Mul: by an activation (hardswish, SiLU) that has no integer kernel."""
+"""What computes in float between int8 layers. Mul: by an activation (SiLU) that has no integer kernel.
+
+`test_pipeline` holds every convolutional network to the same, after pruning.
+"""
+NETS = ["residual", "separable", "swiglu", pytest.param("llama", marks=pytest.mark.slow)]
 
 
 @functools.cache
@@ -47,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("int8")
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", NETS)
 def test_int8_layers_run_in_integers(name: str, folder: Path) -> None:
     model, path = exported(name, folder)
     found = onnx_integer.kernels(path)
@@ -55,7 +53,7 @@ def test_int8_layers_run_in_integers(name: str, folder: Path) -> None:
     assert tuple(sorted(entry.split()[0] for entry in found.floats)) == FLOATS[name]
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", NETS)
 def test_the_file_gives_the_codes_of_torch(name: str, folder: Path) -> None:
     """Outputs of some hundred codes: no rounding falls elsewhere, so errors are those of floats."""
     model, path = exported(name, folder)
@@ -104,7 +102,8 @@ def test_the_same_model_gives_the_same_bytes(folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("opset", [18, 21, 23])
 def test_other_opsets_run_in_integers_too(opset: int, tmp_path: Path) -> None:
-    model, path = int8("separable"), tmp_path / "net.onnx"
+    """Each of them has a QuantizeLinear of its own."""
+    model, path = int8("detector"), tmp_path / "net.onnx"
     target.export(model, path, target.Options(opset=opset))
     assert onnx_integer.check(path, activations.layers(model)).floats == ()
 

@@ -204,6 +204,20 @@ def test_a_weight_that_is_read_in_another_way_too_keeps_its_width() -> None:
     assert not found_in(TwoWays(), 4).groups
 
 
+def test_the_width_of_a_table_is_cut() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    model = from_module(net, (InputSpec(name="x", shape=("batch", 5), dtype="int64"),), Source(entry=""))
+    x = torch.randint(0, 10, (2, 5))
+    found = prune.analyse(model, Spec(), capture(model.module(), (x,)), Calibration(batches=((x,),), samples=2))
+    (group,) = found.groups
+    assert (group.name, group.producers, len(group.units)) == ("0", ("0.weight",), 8)
+    assert found.kept == {"2.weight": "it is an output of the network"}
+    small = cut.cut(found.model, group.units[3:6]).module()
+    assert small[0].embedding_dim == small[0].weight.shape[1] == 5
+    torch.testing.assert_close(small(x), cut.masked(found.model, group.units[3:6]).module()(x))
+
+
 def test_tied_weights_are_cut_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -233,8 +247,8 @@ def test_every_weight_is_in_a_group_or_kept_for_a_reason() -> None:
         found = analysed(name)
         covered = {param for group in found.groups for param in group.params("rows")}
         sites = set(found.graph.of_param())
-        tables = {param for param, matrix in found.channels.matrices.items() if matrix.producer}
-        assert covered | set(found.kept) | tables == sites, name
+        made = {param for group in found.groups for param in group.producers}
+        assert covered | set(found.kept) | made == sites, name
         assert all(found.kept.values())
 
 

@@ -300,3 +300,120 @@ def test_bad_recipes_are_named(steps: str, says: str, tmp_path: Path, monkeypatc
     outcome = optimize(monkeypatch, "plan", "recipe.yaml")
     assert outcome.code == 2
     assert outcome.error == [f"optimize: {says}"]
+
+
+RAW = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        return torch.relu(x @ self.w1.T) @ self.w2.T
+
+def build():
+    torch.manual_seed(0)
+    return Net()
+
+def calibration(samples, seed):
+    return torch.randn(samples, 6, generator=torch.Generator().manual_seed(seed))
+"""
+
+
+def test_a_group_may_have_the_name_of_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A raw parameter has no ".weight" to lose: group and layer are both "w1"."""
+    (tmp_path / "raw.py").write_text(RAW)
+    (tmp_path / "recipe.yaml").write_text(
+        'model: {entry: "raw.py:build", inputs: {x: [batch, 6]}}\ndata: {entry: "raw.py:calibration", samples: 32}\n'
+        "steps: [prune: {ratio: 0.25}, quantize: {quantizer: kmeans, bits: 4}]\nexport: [onnx]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    outcome = optimize(monkeypatch, "run", "recipe.yaml", "--out", "out")
+    assert outcome.code == 0, outcome.err
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out/report.json").read_text())["layers"]}
+    assert rows["w1"]["shape"] == [6, 6]
+    assert rows["w2"]["shape"] == [3, 6]
+
+
+PLAIN = "steps: [prune: {ratio: 0.25, scope: layer}]"
+EDITED = """schema: paredown.plan/1
+steps:
+- prune:
+    conv1: {criterion: obs, keep: 15, of: 16, remove: [0]}
+    conv2: {keep: by hand}
+    linear.weight: {keep: by hand}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("", "", 'the plan: "conv1" has 8 units, the plan says 16; plan again'),
+        (
+            "linear.weight: {keep: by hand}",
+            "linear.weight: {criterion: obs, keep: 9, of: 10, remove: [0]}",
+            'the plan: "linear.weight" cannot be pruned; leave its keep as planned',
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    old: str, new: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project(tmp_path))
+    edit(tmp_path / "recipe.yaml", "steps:\n  - quantize: {quantizer: kmeans, bits: 4}", PLAIN)
+    text = EDITED.replace(old, new) if old else EDITED
+    text = text.replace("keep: 15, of: 16", "keep: 7, of: 8") if old else text
+    (tmp_path / "plan.yaml").write_text(text)
+    outcome = optimize(monkeypatch, "run", "recipe.yaml", "--out", "out", "--plan", "plan.yaml")
+    assert outcome.code == 2
+    assert outcome.error == [f"optimize: {says}"]
+
+
+BAD_CRITERIA = {
+    "needs = frozenset()\ndef score(model, group, stats): return [1.0]\n": (
+        3,
+        'criterion "mine.criterion", group "conv1": it gave scores (1,) for 8 units, or some that are not finite; '
+        "score every unit",
+    ),
+    "def score(model, group, stats): return 1\n": (
+        2,
+        'recipe.yaml:4: criterion "mine.criterion" is no criterion; '
+        "define needs = frozenset() and score(model, group, stats)",
+    ),
+    "1 / 0\n": (2, "mine/criterion.py:1 raised ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("text", BAD_CRITERIA)
+def test_a_bad_criterion_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/criterion.py").write_text(text)
+    monkeypatch.setattr(
+        "sys.modules", {k: v for k, v in __import__("sys").modules.items() if k.split(".")[0] != "mine"}
+    )
+    steps = "steps: [prune: {criterion: mine.criterion}]"
+    edit(tmp_path / "recipe.yaml", "steps:\n  - quantize: {quantizer: kmeans, bits: 4}", steps)
+    outcome = optimize(monkeypatch, "plan", "recipe.yaml")
+    code, says = BAD_CRITERIA[text]
+    assert outcome.code == code
+    (line,) = outcome.error
+    assert says in line
+
+
+def test_other_keys_in_an_override_are_refused() -> None:
+    with pytest.raises(RecipeError, match="a group's own keys are ratio, round_to and max_ratio"):
+        Spec(override={"conv1": {"criterion": "random"}})
+
+
+def test_why_nothing_can_be_removed_is_told() -> None:
+    model = from_module(nn.Linear(4, 3).eval(), (InputSpec(name="x", shape=("batch", 4)),), Source(entry=""))
+    with pytest.raises(InfeasibleError) as caught:
+        pruned(model, (torch.randn(16, 4),), Spec())
+    assert str(caught.value) == (
+        "no channel of the network can be removed (weight: it is an output of the network); leave prune out"
+    )

@@ -6,7 +6,7 @@
     .venv/bin/python tests/real/shrink.py kinds      prune, quantize, export and verify one network of each kind
 
 Rows of `int8`, `speed` and `kinds` are `optimize run` of a recipe in tests/real/recipes with other steps, in a process
-of its own; those of `pruning` call the prune step and measure in torch. `tables.py` writes the tables.
+of its own; those of `pruning` call the prune step and measure in torch. `figures.py readme` writes the tables.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ Methods that compensate nothing are measured twice: raw, and after re-estimating
 """
 
 PRUNE = {
-    "mobilenet": "{remove_macs: 0.1}",
-    "espnet": "{remove_macs: 0.2}",
-    "ultraface": "{remove_macs: 0.2}",
-    "dncnn": "{remove_macs: 0.3}",
     "stories": "{ratio: 0.1}",
     "g2p": "{ratio: 0.1}",
+    "ultraface": "{remove_macs: 0.2}",
+    "mobilenet": "{remove_macs: 0.1}",
+    "espnet": "{remove_macs: 0.2}",
     "dtln": "{ratio: 0.1}",
-    "resnet56": "{remove_macs: 0.3}",
+    "dncnn": "{remove_macs: 0.3}",
 }
 INT8 = "{quantizer: uniform, bits: 8, activations: int8}"
 FOUR = "{quantizer: lnq, bits: 4}"
