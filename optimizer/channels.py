@@ -57,6 +57,7 @@ class Channels:
 
     matrices: weight -> its numbers. elements: other parameter or buffer -> the numbers of its elements.
     balances: runs of channels that must lose equally many, each a list of blocks. values: node -> its numbers.
+    multiplied: the weights that something is multiplied by, not only looked up in.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -64,6 +65,7 @@ class Channels:
     elements: dict[str, Int64[Tensor, "..."]] = field(default_factory=dict)
     balances: list[list[Int64[Tensor, "..."]]] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
+    multiplied: set[str] = field(default_factory=set)
 
 
 Rule: TypeAlias = Callable[["Follower", fx.Node], Any]
@@ -130,6 +132,8 @@ class Follower:
     def matrix(self, site: Site) -> Matrix:
         """Return the numbers of a site's weight, the same for all its uses."""
         layout, known = site.layout, self.channels.matrices.get(site.param)
+        if site.kind != "embedding":
+            self.channels.multiplied.add(site.param)
         turned = layout.kind == "matrix_t"
         if known is None:
             rows, columns = layout.matrix_shape
@@ -142,7 +146,8 @@ class Follower:
                 producer=site.kind == "embedding",
             )
             if site.param in self.fixed:
-                self.ledger.freeze(known.rows, "skipped by the recipe")
+                made = known.columns if site.kind == "embedding" else known.rows
+                self.ledger.freeze(made, "skipped by the recipe")
             self.channels.matrices[site.param] = known
         if (known.layout.kind == "matrix_t") != turned:
             both = torch.cat([known.rows, known.columns.reshape(-1)])

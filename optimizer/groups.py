@@ -28,12 +28,14 @@ class Part:
 
     rows, columns: of its matrix (`Layout.to_matrix`); for a grouped convolution columns are those of the rows of conv
     group `block`. elements: flat positions of a parameter that no operator multiplies by (biases, gains, statistics).
+    table: the columns of a table that is only looked up, and so written and not read.
     """
 
     param: str
     axis: Axis
     index: Int64[Tensor, "n"]
     block: int = 0
+    table: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,7 +124,8 @@ def _parts(channels: Channels) -> dict[int, list[Part]]:
         for root, index in _places(channels, matrix.rows):
             found[root].append(Part(param=param, axis="rows", index=index))
         for block, root, index in _columns(channels, matrix):
-            found[root].append(Part(param=param, axis="columns", index=index, block=block))
+            table = param not in channels.multiplied
+            found[root].append(Part(param=param, axis="columns", index=index, block=block, table=table))
     for name, ids in channels.elements.items():
         if name not in channels.matrices:
             for root, index in _places(channels, ids):

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float64, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data import Calibration, rebatch
 from .entry import foreign_module
@@ -134,14 +134,9 @@ def consumers(model: Model, group: Group) -> tuple[Consumer, ...]:
     An embedding's columns are not read but written; rows that go with their unit (a depthwise filter) do not count.
     """
     found: dict[tuple[str, int], dict[int, list[Tensor]]] = {}
-    tables = _tables(model)
     for number, unit in enumerate(group.units):
         for part in unit.parts:
-            if (
-                part.axis == "columns"
-                and part.param not in tables
-                and not _internal(model.layouts[part.param], unit, part)
-            ):
+            if part.axis == "columns" and not part.table and not _internal(model.layouts[part.param], unit, part):
                 found.setdefault((part.param, part.block), {}).setdefault(number, []).append(part.index)
     return tuple(_consumer(model, *place, parts, len(group.units)) for place, parts in found.items())
 
@@ -226,13 +221,6 @@ def _squares(model: Model, part: Part) -> Float64[Tensor, "n"]:
     if part.axis == "rows":
         return squares.sum(1)
     return squares.reshape(layout.groups, -1, squares.shape[1])[part.block].sum(0)
-
-
-def _tables(model: Model) -> frozenset[str]:
-    """Return the weights that are looked up and nothing else."""
-    modules = model.skeleton.named_modules()
-    names = {f"{path}.weight".lstrip(".") for path, module in modules if isinstance(module, nn.Embedding)}
-    return frozenset(names - set(model.aliases().values()))
 
 
 def _internal(layout: Layout, unit: Unit, part: Part) -> bool:

@@ -53,7 +53,7 @@ class Spec:
     correct_bias: bool = True
     reestimate: bool = True
     held_out: float = 0.125
-    activations: Literal["", "int8"] = ""
+    activations: Literal["float", "int8"] = "float"
     range: Range = "minmax"
     percentile: float = 99.99
 
@@ -112,7 +112,7 @@ def plan(model: Model, spec: Spec, extras: tuple[Any, ...], ground: Ground) -> t
             )
         quantizer, layer_spec = _resolve(name, spec, options)
         decisions.append(Decision(layer=name, method=quantizer, spec=layer_spec))
-    if spec.activations:
+    if spec.activations == "int8":
         activations.check(decisions)
     return tuple(decisions)
 
@@ -131,7 +131,7 @@ def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: 
         data = correct.Data(fit=traced, held_out=trace(module, held.batches))
         corrected, notes = correct.choose(folded, quantized.model, data, kinds)
         quantized = replace(quantized, model=corrected, notes=(*quantized.notes, *notes))
-    if not spec.activations:
+    if spec.activations == "float":
         return quantized
     hooks.progress(1, 1, "ranges of activations")
     acting, notes = activations.apply(quantized.model, fit.batches, Rule(range=spec.range, percentile=spec.percentile))

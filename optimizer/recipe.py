@@ -126,7 +126,7 @@ def override(node: Node, settings: Sequence[str]) -> Node:
         if not equals or not path:
             raise RecipeError("there is no value", where=where, fix="write path.to.key=value")
         try:
-            value = replace(_compose(text, ""), where=where)
+            value = replace(_compose(text, where), where=where)
         except RecipeError as error:
             raise RecipeError(error.what, where=where, fix=error.fix) from error
         node = _set(node, re.findall(r'"[^"]*"|[^.]+', path), value)

@@ -88,7 +88,9 @@ def _is_float(weight: Weight) -> bool:
 def decision_row(step: Step, decision: Decision) -> dict[str, Any]:
     if decision.method:
         return {"layer": decision.layer, "kept": step_module(step.name).shown(decision), "reason": "as the recipe says"}
-    return {"layer": decision.layer, "fallback": step_module(step.name).UNTOUCHED, "reason": decision.reason}
+    untouched = step_module(step.name).UNTOUCHED
+    key = "fallback" if untouched == "dense" else "kept"
+    return {"layer": decision.layer, key: untouched, "reason": decision.reason}
 
 
 def why_slower(parts: Mapping[str, Any]) -> str:

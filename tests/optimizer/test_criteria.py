@@ -232,6 +232,10 @@ def test_readers_are_what_outlives_the_unit() -> None:
     assert {c.param: c.weight.shape for c in found} == {"grouped.weight": (2, 36), "side.weight": (5, 8)}
 
 
+def _column(param: str, place: int, *, table: bool) -> Part:
+    return Part(param=param, axis="columns", index=torch.tensor([place]), table=table)
+
+
 def test_an_embedding_writes_and_its_tied_head_reads() -> None:
     class Words(nn.Module):
         def __init__(self, tied: bool) -> None:
@@ -245,7 +249,8 @@ def test_an_embedding_writes_and_its_tied_head_reads() -> None:
     for tied, readers_ in ((True, ["embed.weight"]), (False, ["head.weight"])):
         params = ("embed.weight",) if tied else ("embed.weight", "head.weight")
         units = tuple(
-            Unit(parts=tuple(Part(param=p, axis="columns", index=torch.tensor([c])) for p in params)) for c in range(4)
+            Unit(parts=tuple(_column(param, c, table=param == "embed.weight" and not tied) for param in params))
+            for c in range(4)
         )
         found = consumers(valued(Words(tied)), Group(name="embed", cells=(units,)))
         assert [c.param for c in found] == readers_
