@@ -67,9 +67,8 @@ def test_every_network_is_pruned_stored_and_trained_on(name: str, tmp_path: Path
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        loss = sum(
-            y.double().square().mean() for y in pytree.tree_leaves(module.train()(*batch)) if y.is_floating_point()
-        )
+        outputs = pytree.tree_leaves(module(*batch))
+        loss = sum(y.double().square().mean() for y in outputs if y.is_floating_point())
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -390,19 +389,17 @@ BAD_CRITERIA = {
 @pytest.mark.parametrize("text", BAD_CRITERIA)
 def test_a_bad_criterion_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project(tmp_path))
+    package = f"mine{list(BAD_CRITERIA).index(text)}"  # a name of its own: modules stay imported
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/criterion.py").write_text(text)
-    monkeypatch.setattr(
-        "sys.modules", {k: v for k, v in __import__("sys").modules.items() if k.split(".")[0] != "mine"}
-    )
-    steps = "steps: [prune: {criterion: mine.criterion}]"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "criterion.py").write_text(text)
+    steps = f"steps: [prune: {{criterion: {package}.criterion}}]"
     edit(tmp_path / "recipe.yaml", "steps:\n  - quantize: {quantizer: kmeans, bits: 4}", steps)
     outcome = optimize(monkeypatch, "plan", "recipe.yaml")
     code, says = BAD_CRITERIA[text]
     assert outcome.code == code
     (line,) = outcome.error
-    assert says in line
+    assert says.replace("mine", package) in line
 
 
 def test_other_keys_in_an_override_are_refused() -> None:
