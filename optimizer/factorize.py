@@ -17,8 +17,20 @@ from .errors import RecipeError
 from .graph import Graph, Site
 from .lowrank import Spectrum, break_even, rank_of_ratio, spectrum
 from .model import Model
-from .stats import LayerStats, collect, observe
-from .steps import Cache, Decision, Ground, Hooks, LayerResult, Result, check_globs, matches, output_error, short
+from .stats import LayerStats, collect_shared, observe
+from .steps import (
+    Cache,
+    Decision,
+    Ground,
+    Hooks,
+    LayerResult,
+    Result,
+    check_globs,
+    matches,
+    output_error,
+    short,
+    weight_names,
+)
 from .walk import Reader, Traced, Visitor, trace, walk
 from .weight import Dense, LowRank, Weight
 
@@ -84,8 +96,7 @@ class Spec:
 
 def names(model: Model, spec: Spec, ground: Ground) -> Sequence[str]:
     """Return every weight, those of the graph first and in its order."""
-    uses = ground.graph.of_param()
-    return [*(name for name in uses if name in model.weights), *(name for name in model.weights if name not in uses)]
+    return weight_names(model, ground)
 
 
 def plan(model: Model, spec: Spec, extras: tuple[Any, ...], ground: Ground) -> tuple[Decision, ...]:
@@ -151,8 +162,7 @@ def shown(decision: Decision) -> str:
 def _factorize(model: Model, decisions: Sequence[Decision], traced: Traced, hooks: Hooks) -> Result:
     uses, values = traced.graph.of_param(), model.values()
     pending = {d.layer: d for d in decisions if d.method}
-    often = {param for param, sites in uses.items() if len(sites) > 1 and param in pending}
-    shared = collect(traced, values, NEEDS, often) if often else {}
+    shared = collect_shared(traced, values, NEEDS, pending)
     done: dict[str, Weight] = {}
     results: dict[str, LayerResult] = {}
 

@@ -25,7 +25,7 @@ from .importance import Wanted, consumers, criterion_module, gather
 from .model import Model
 from .quantize import MICRO_BATCH
 from .ranking import Ranking, rank
-from .stats import LayerStats, collect, observe
+from .stats import LayerStats, collect_shared, observe
 from .steps import Decision, Ground, Hooks, LayerResult, Result, check_globs, matches, output_error, short
 from .walk import Reader, Traced, Visitor, trace, walk
 from .weight import Dense
@@ -298,8 +298,7 @@ def _compensated(
     """Return the model at full width whose layers no longer read the units, and how far each is off."""
     lost = _lost_columns(model, units)
     values, done, results = model.values(), dict[str, Dense](), list[LayerResult]()
-    shared = {param for param, sites in traced.graph.of_param().items() if len(sites) > 1 and param in lost}
-    known = collect(traced, values, frozenset({"gram"}), shared) if shared else {}
+    known = collect_shared(traced, values, frozenset({"gram"}), lost)
 
     def before(site: Site, reader: Reader) -> Tensor | None:
         if site.param not in lost or site.param in done:

@@ -21,8 +21,20 @@ from .entry import foreign_module
 from .errors import Error, InfeasibleError, RecipeError, nearest
 from .graph import Graph, Site
 from .model import Model
-from .stats import LayerStats, Stats, collect, observe
-from .steps import Cache, Decision, Ground, Hooks, LayerResult, Result, check_globs, matches, output_error, short
+from .stats import LayerStats, collect_shared, observe
+from .steps import (
+    Cache,
+    Decision,
+    Ground,
+    Hooks,
+    LayerResult,
+    Result,
+    check_globs,
+    matches,
+    output_error,
+    short,
+    weight_names,
+)
 from .walk import Reader, Traced, Visitor, trace, walk
 from .weight import Dense, LowRank, Weight
 
@@ -89,8 +101,7 @@ def spec_types(fields: Mapping[str, Any]) -> tuple[type, ...]:
 
 def names(model: Model, spec: Spec, ground: Ground) -> Sequence[str]:
     """Return every weight, those of the graph first and in its order."""
-    uses = ground.graph.of_param()
-    return [*(name for name in uses if name in model.weights), *(name for name in model.weights if name not in uses)]
+    return weight_names(model, ground)
 
 
 def plan(model: Model, spec: Spec, extras: tuple[Any, ...], ground: Ground) -> tuple[Decision, ...]:
@@ -167,7 +178,7 @@ def _quantize(model: Model, decisions: Sequence[Decision], traced: Traced, hooks
     uses = traced.graph.of_param()
     pending = {d.layer: d for d in decisions if d.method}
     values = model.values()
-    shared = _collect_shared(traced, values, pending, uses)
+    shared = collect_shared(traced, values, frozenset({"gram"}), pending)
     done: dict[str, Weight] = {}
     errors: dict[str, LayerResult] = {}
     notes: list[str] = []
@@ -199,14 +210,6 @@ def _quantize(model: Model, decisions: Sequence[Decision], traced: Traced, hooks
 def _fold(model: Model, decisions: Sequence[Decision], graph: Graph) -> Model:
     wanted = {decision.layer for decision in decisions if decision.method}
     return fold.apply(model, tuple(f for f in fold.plan(model, graph) if f"{f.into}.weight" in wanted))
-
-
-def _collect_shared(
-    traced: Traced, values: Mapping[str, Tensor], pending: Mapping[str, Decision], uses: Mapping[str, Sequence[Site]]
-) -> Stats:
-    """Gather the statistics of weights used at several sites before any is quantized."""
-    shared = {param for param, sites in uses.items() if len(sites) > 1 and param in pending}
-    return collect(traced, values, frozenset({"gram"}), shared) if shared else {}
 
 
 def _solve(decision: Decision, old: Dense | LowRank, stats: LayerStats, cache: Cache | None) -> Weight:

@@ -56,6 +56,14 @@ def collect(
     return {param: merge(parts) for param, parts in seen.items()}
 
 
+def collect_shared(
+    traced: Traced, values: Mapping[str, Tensor], needs: frozenset[str], params: Collection[str]
+) -> Stats:
+    """Gather the statistics of those of `params` that are used at several sites, before any of them is changed."""
+    shared = {param for param, sites in traced.graph.of_param().items() if len(sites) > 1 and param in params}
+    return collect(traced, values, needs, shared) if shared else {}
+
+
 def observe(reader: Reader, needs: frozenset[str]) -> LayerStats:
     """Return the statistics of one site, over all batches."""
     if reader.site.kind == "embedding":

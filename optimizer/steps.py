@@ -120,6 +120,12 @@ def short(layer: str) -> str:
     return layer.removesuffix(".weight")
 
 
+def weight_names(model: Model, ground: Ground) -> Sequence[str]:
+    """Return every weight, those of the graph first and in its order."""
+    uses = ground.graph.of_param()
+    return [*(name for name in uses if name in model.weights), *(name for name in model.weights if name not in uses)]
+
+
 def check_globs(patterns: Sequence[str], names: Sequence[str]) -> None:
     """Raise RecipeError for a glob that matches none of the names."""
     for pattern in patterns:
