@@ -1,0 +1,10 @@
+// AVX2 with FMA and F16C: Haswell, Zen and later.
+#include "simd_avx2.h"
+// After the vectors.
+#include "kernel.inl"
+
+namespace paredown {
+
+const Isa avx2_isa = {"avx2", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+
+}  // namespace paredown

@@ -1,0 +1,10 @@
+// AVX-512 with VNNI and VBMI: Ice Lake, Zen 4 and later.
+#include "simd_avx512.h"
+// After the vectors.
+#include "kernel.inl"
+
+namespace paredown {
+
+const Isa avx512vnni_isa = {"avx512vnni", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+
+}  // namespace paredown

@@ -1,0 +1,10 @@
+// AVX2 with VNNI: Alder Lake, Zen 5 and later.
+#include "simd_avx2.h"
+// After the vectors.
+#include "kernel.inl"
+
+namespace paredown {
+
+const Isa avxvnni_isa = {"avxvnni", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+
+}  // namespace paredown

@@ -1,0 +1,14 @@
+// NEON with sdot: Cortex-A76, A78AE (Orin), Neoverse N1 and later.
+#define PAREDOWN_OWN_DECODE
+#define PAREDOWN_OWN_TILE_INT8
+#include "simd_neon.h"
+// After the vectors.
+#include "kernel.inl"
+// After the loops.
+#include "kernel_neon.inl"
+
+namespace paredown {
+
+const Isa dotprod_isa = {"dotprod", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+
+}  // namespace paredown

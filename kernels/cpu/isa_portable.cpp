@@ -1,0 +1,10 @@
+// Any processor.
+#include "simd_portable.h"
+// After the vectors.
+#include "kernel.inl"
+
+namespace paredown {
+
+const Isa portable_isa = {"portable", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+
+}  // namespace paredown

@@ -1,0 +1,524 @@
+/* The matrix product, once for all instruction sets: include after a header that defines `Simd`.
+ *
+ * Up to `Simd::direct` tokens, words of one block of 16 rows are decoded in registers right before they are multiplied.
+ * More tokens share the decode: a run (exact mode: a chunk) of R blocks goes to a buffer in the first cache, and every
+ * tile of tokens is multiplied by it.
+ *
+ *   BITS  width of the codes, 0 for 8 bits without a table
+ *   T     tokens of a tile          R  blocks of 16 rows
+ *
+ * Sums of a token with the rows of a block stand in `totals`, [token][block][16] floats.
+ */
+#include <utility>
+
+#include "activation.inl"
+#include "isa.h"
+
+namespace paredown {
+namespace {
+
+constexpr int chunk_steps = 8;      /* of the exact buffer: 2 blocks x 256 inputs are 32 KiB */
+constexpr int tokens_at_once = 192; /* totals of 2 blocks are 24 KiB */
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+template <int FIRST, int N, class Body>
+inline __attribute__((always_inline)) void each_from(Body &&body) {
+  if constexpr (FIRST < N) {
+    body(Constant<FIRST>{});
+    each_from<FIRST + 1, N>(body);
+  }
+}
+/* Call `body` with 0 to N - 1 as constants. */
+template <int N, class Body>
+inline __attribute__((always_inline)) void each(Body &&body) {
+  each_from<0, N>(body);
+}
+
+using I = Simd::I;
+using F = Simd::F;
+using Operand = Simd::Operand;
+
+inline int bits_of(const Weight &weight) { return weight.identity ? 0 : weight.given.bits; }
+constexpr int units_of(int bits) { return bits == 0 ? 8 : bits; }
+
+inline int64_t scale_bytes(int32_t type) { return type == PAREDOWN_F32 ? 4 : 2; }
+
+/* The R blocks from `block` on, at the first step of their first group. */
+template <int R>
+struct Stream {
+  Stream(const Weight &weight, int64_t block)
+      : type(weight.given.scale_type), group_stride(ROWS * scale_bytes(type)) {
+    for (int r = 0; r < R; ++r) {
+      codes[r] = static_cast<const uint8_t *>(weight.given.codes) + (block + r) * weight.block_bytes;
+      scale[r] = static_cast<const char *>(weight.given.scale) + (block + r) * weight.groups * group_stride;
+    }
+  }
+  F scales(int r, int64_t group) const {
+    return Simd::load_as_float(scale[r] + group * group_stride, type, ROWS);
+  }
+  const uint8_t *codes[R];
+  const char *scale[R];
+  int32_t type;
+  int64_t group_stride;
+};
+
+inline int64_t table_of(const Weight &weight, int64_t block) {
+  return weight.given.table_rows == 0 ? 0 : block * ROWS / weight.given.table_rows;
+}
+inline const uint8_t *byte_table(const Weight &weight, int64_t block) {
+  return static_cast<const uint8_t *>(weight.given.table) + (table_of(weight, block) << weight.given.bits);
+}
+
+inline void float_table(const Weight &weight, int64_t block, FloatTable &out) {
+  out.zero = weight.given.zero;
+  out.unit = weight.given.unit;
+  const int64_t first = table_of(weight, block) << weight.given.bits;
+  const int size = 1 << weight.given.bits;
+  if (weight.given.table_type == PAREDOWN_U8) {
+    const uint8_t *table = static_cast<const uint8_t *>(weight.given.table) + first;
+    for (int i = 0; i < size; ++i) out.entry[i] = (static_cast<float>(table[i]) - out.zero) * out.unit;
+    return;
+  }
+  const uint16_t *table = static_cast<const uint16_t *>(weight.given.table) + first;
+  const F zero = Simd::fset(out.zero), unit = Simd::fset(out.unit);
+  for (int i = 0; i < size; i += ROWS) {
+    const F entries = Simd::load_as_float(table + i, PAREDOWN_F16, min_of(ROWS, size - i));
+    Simd::fstore(out.entry + i, Simd::fmul(Simd::fsub(entries, zero), unit));
+  }
+}
+
+/* Load the units of a step, and go on to the next. */
+template <int UNITS, int R>
+inline void load_step(Stream<R> &stream, I (&unit)[R][UNITS]) {
+  each<R>([&](auto r) {
+    each<UNITS>([&](auto u) { unit[r.value][u.value] = Simd::load(stream.codes[r.value] + u.value * UNIT_BYTES); });
+    stream.codes[r.value] += UNITS * UNIT_BYTES;
+  });
+}
+
+#ifdef PAREDOWN_OWN_DECODE /* the file that includes this defines them behind it */
+template <int BITS, int T>
+void direct_int8(const Weight &weight, const Packed &packed, int64_t block, float *totals);
+template <int BITS, int T>
+void direct_exact(const Weight &weight, const Packed &packed, int64_t block, float *totals);
+template <int BITS, int R>
+void decode_bytes(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t steps, uint8_t *out);
+template <int BITS, int R>
+void decode_floats(const Simd::Floats<BITS> &table, Stream<R> &stream, const F (&scale)[R], float *out);
+#else
+/* --- decoded in registers: one block, and all T tokens are one tile --- */
+
+/* Sums of each token, so that products need not wait for one another: as many as there are registers for. */
+constexpr int chains_of(int tokens) { return 4 * tokens <= Simd::tile ? 4 : 2 * tokens <= Simd::tile ? 2 : 1; }
+
+template <int BITS, int T>
+void direct_int8(const Weight &weight, const Packed &packed, int64_t block, float *totals) {
+  constexpr int units = units_of(BITS), chains = chains_of(T);
+  const Simd::Bytes<BITS> table(byte_table(weight, block));
+  Stream<1> stream(weight, block);
+  const int8_t *x = static_cast<const int8_t *>(packed.x);
+  const float *x_scale = packed.scale;
+  const int32_t *correction = packed.correction;
+  F total[T];
+  each<T>([&](auto t) { total[t.value] = Simd::fset(0.0f); });
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    const F scale = stream.scales(0, group);
+    for (int64_t left = ceil_div(group_inputs(weight, group), STEP); left > 0; left -= RUN_STEPS) {
+      I sum[T][chains];
+      each<T>([&](auto t) {
+        sum[t.value][0] = Simd::set(correction[t.value]);
+        each_from<1, chains>([&](auto c) { sum[t.value][c.value] = Simd::set(0); });
+      });
+      for (int64_t step = min_of(left, RUN_STEPS); step > 0; --step) {
+        I unit[1][units];
+        load_step(stream, unit);
+        each<QUADS>([&](auto q) {
+          constexpr int Q = decltype(q)::value;
+          const Operand w = Simd::operand(table.template quad<Q>(unit[0]));
+          each<T>([&](auto t) {
+            I &s = sum[t.value][Q % chains];
+#ifdef PAREDOWN_DOT_ONCE
+            s = Simd::dot_once(s, w, x + (Q * T + t.value) * 4);
+#else
+            s = Simd::dot(s, w, x + (Q * T + t.value) * 4);
+#endif
+          });
+        });
+        x += QUADS * T * 4;
+      }
+      each<T>([&](auto t) {
+        I all = sum[t.value][0];
+        each_from<1, chains>([&](auto c) { all = Simd::add(all, sum[t.value][c.value]); });
+        const F factor = Simd::fmul(Simd::fset(x_scale[t.value]), scale);
+        total[t.value] = Simd::fma(Simd::to_float(all), factor, total[t.value]);
+      });
+      x_scale += T;
+      correction += T;
+    }
+  }
+  each<T>([&](auto t) { Simd::fstore(totals + t.value * ROWS, total[t.value]); });
+}
+
+template <int BITS, int T>
+void direct_exact(const Weight &weight, const Packed &packed, int64_t block, float *totals) {
+  constexpr int units = units_of(BITS), chains = chains_of(T);
+  FloatTable entries;
+  float_table(weight, block, entries);
+  const Simd::Floats<BITS> table(entries);
+  Stream<1> stream(weight, block);
+  const float *x = static_cast<const float *>(packed.x);
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    const F scale = stream.scales(0, group);
+    for (int64_t left = ceil_div(group_inputs(weight, group), STEP); left > 0; left -= RUN_STEPS) {
+      F sum[T][chains];
+      each<T>([&](auto t) { each<chains>([&](auto c) { sum[t.value][c.value] = Simd::fset(0.0f); }); });
+      for (int64_t step = min_of(left, RUN_STEPS); step > 0; --step) {
+        I unit[1][units];
+        load_step(stream, unit);
+        each<QUADS * 4>([&](auto i) {
+          constexpr int Q = decltype(i)::value / 4, B = decltype(i)::value % 4;
+          const F w = table.template input<Q, B>(unit[0]);
+          each<T>([&](auto t) {
+            F &s = sum[t.value][B % chains];
+            s = Simd::fma(w, Simd::fset(x[(Q * T + t.value) * 4 + B]), s);
+          });
+        });
+        x += QUADS * T * 4;
+      }
+      each<T>([&](auto t) {
+        F all = sum[t.value][0];
+        each_from<1, chains>([&](auto c) { all = Simd::fadd(all, sum[t.value][c.value]); });
+        float *to = totals + t.value * ROWS;
+        Simd::fstore(to, Simd::fma(all, scale, Simd::fload(to)));
+      });
+    }
+  }
+}
+
+/* --- decoded to a buffer --- */
+
+/* Decode `steps` steps: [quad][block] units of table bytes. */
+template <int BITS, int R>
+void decode_bytes(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t steps, uint8_t *out) {
+  for (; steps > 0; --steps) {
+    I unit[R][units_of(BITS)];
+    load_step(stream, unit);
+    each<QUADS>([&](auto q) {
+      each<R>([&](auto r) {
+        Simd::store(out + (q.value * R + r.value) * UNIT_BYTES,
+                    table.template quad<decltype(q)::value>(unit[r.value]));
+      });
+    });
+    out += QUADS * R * UNIT_BYTES;
+  }
+}
+
+/* Decode one step: [input][block] 16 floats each, times `scale`. */
+template <int BITS, int R>
+void decode_floats(const Simd::Floats<BITS> &table, Stream<R> &stream, const F (&scale)[R], float *out) {
+  I unit[R][units_of(BITS)];
+  load_step(stream, unit);
+  each<QUADS * 4>([&](auto i) {
+    constexpr int Q = decltype(i)::value / 4, B = decltype(i)::value % 4;
+    each<R>([&](auto r) {
+      const F value = Simd::fmul(table.template input<Q, B>(unit[r.value]), scale[r.value]);
+      Simd::fstore(out + (decltype(i)::value * R + r.value) * ROWS, value);
+    });
+  });
+}
+#endif
+
+#ifdef PAREDOWN_OWN_TILE_INT8 /* likewise, for a buffer of another order */
+template <int T, int R>
+void tile_int8(const uint8_t *w, int64_t quads, const int8_t *x, const float *x_scale, const int32_t *correction,
+               const F *scale, float *totals);
+#else
+/* Multiply decoded bytes by one tile of a run. */
+template <int T, int R>
+void tile_int8(const uint8_t *w, int64_t quads, const int8_t *x, const float *x_scale, const int32_t *correction,
+               const F *scale, float *totals) {
+  I sum[T][R];
+  each<T>([&](auto t) { each<R>([&](auto r) { sum[t.value][r.value] = Simd::set(correction[t.value]); }); });
+  for (; quads > 0; --quads) {
+    Operand bytes[R];
+    each<R>([&](auto r) { bytes[r.value] = Simd::operand(Simd::load(w + r.value * UNIT_BYTES)); });
+    each<T>([&](auto t) {
+      each<R>([&](auto r) {
+        sum[t.value][r.value] = Simd::dot(sum[t.value][r.value], bytes[r.value], x + t.value * 4);
+      });
+    });
+    w += R * UNIT_BYTES;
+    x += T * 4;
+  }
+  each<T>([&](auto t) {
+    const F of_x = Simd::fset(x_scale[t.value]);
+    each<R>([&](auto r) {
+      float *to = totals + (t.value * R + r.value) * ROWS;
+      const F all = Simd::to_float(sum[t.value][r.value]);
+      Simd::fstore(to, Simd::fma(all, Simd::fmul(of_x, scale[r.value]), Simd::fload(to)));
+    });
+  });
+}
+#endif
+
+/* Multiply decoded floats by one tile of a chunk. */
+template <int T, int R>
+void tile_exact(const float *w, int64_t quads, const float *x, float *totals) {
+  F sum[T][R];
+  each<T>([&](auto t) {
+    each<R>([&](auto r) { sum[t.value][r.value] = Simd::fload(totals + (t.value * R + r.value) * ROWS); });
+  });
+  for (; quads > 0; --quads) {
+    each<4>([&](auto b) {
+      F value[R];
+      each<R>([&](auto r) { value[r.value] = Simd::fload(w + (b.value * R + r.value) * ROWS); });
+      each<T>([&](auto t) {
+        const F of_x = Simd::fset(x[t.value * 4 + b.value]);
+        each<R>([&](auto r) { sum[t.value][r.value] = Simd::fma(value[r.value], of_x, sum[t.value][r.value]); });
+      });
+    });
+    w += 4 * R * ROWS;
+    x += T * 4;
+  }
+  each<T>([&](auto t) {
+    each<R>([&](auto r) { Simd::fstore(totals + (t.value * R + r.value) * ROWS, sum[t.value][r.value]); });
+  });
+}
+
+template <int R>
+using TileInt8 = decltype(&tile_int8<1, R>);
+template <int R>
+using TileExact = decltype(&tile_exact<1, R>);
+
+#ifdef PAREDOWN_WIDEST_TILE /* where int8 tiles may be wider than Simd::tile: the low-rank term has the same tiles */
+constexpr int widest_tile = PAREDOWN_WIDEST_TILE;
+#else
+constexpr int widest_tile = Simd::tile;
+#endif
+
+template <int R, class Widths = std::make_integer_sequence<int, widest_tile>>
+struct TileTable;
+template <int R, int... T>
+struct TileTable<R, std::integer_sequence<int, T...>> {
+  static constexpr TileInt8<R> int8[] = {&tile_int8<T + 1, R>...};
+  static constexpr TileExact<R> exact[] = {&tile_exact<T + 1, R>...};
+};
+
+/* The tiles that a call works on; `x` of Packed begins with tile 0. */
+struct Span {
+  const Tiles &tiles;
+  int64_t first, last;
+};
+
+#ifdef PAREDOWN_OWN_BUFFERED_INT8
+template <int BITS, int R>
+void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, const Span &span, float *totals);
+#else
+template <int BITS, int R>
+void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, const Span &span, float *totals) {
+  alignas(64) uint8_t buffer[RUN_STEPS * QUADS * R * UNIT_BYTES];
+  const Simd::Bytes<BITS> table(byte_table(weight, block));
+  Stream<R> stream(weight, block);
+  int64_t run = 0, done = 0; /* done: steps */
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    F scale[R];
+    each<R>([&](auto r) { scale[r.value] = stream.scales(r.value, group); });
+    for (int64_t left = ceil_div(group_inputs(weight, group), STEP); left > 0; left -= RUN_STEPS, ++run) {
+      const int64_t steps = min_of(left, RUN_STEPS);
+      decode_bytes<BITS, R>(table, stream, steps, buffer);
+      float *to = totals;
+      for (int64_t tile = span.first; tile < span.last; ++tile) {
+        const int64_t start = tile_start(span.tiles, tile), width = tile_start(span.tiles, tile + 1) - start;
+        const int8_t *x = static_cast<const int8_t *>(packed.x) + (start * weight.steps + done * width) * STEP;
+        const int64_t at = start * weight.runs + run * width;
+        TileTable<R>::int8[width - 1](buffer, steps * QUADS, x, packed.scale + at, packed.correction + at, scale, to);
+        to += width * R * ROWS;
+      }
+      done += steps;
+    }
+  }
+}
+#endif
+
+template <int BITS, int R>
+void buffered_exact(const Weight &weight, const Packed &packed, int64_t block, const Span &span, float *totals) {
+  alignas(64) float buffer[chunk_steps * STEP * R * ROWS];
+  FloatTable entries;
+  float_table(weight, block, entries);
+  const Simd::Floats<BITS> table(entries);
+  Stream<R> stream(weight, block);
+  F scale[R];
+  for (int64_t done = 0, group = -1, left = 0; done < weight.steps;) {
+    const int64_t steps = min_of(chunk_steps, weight.steps - done);
+    for (int64_t step = 0; step < steps; ++step, --left) {
+      if (left == 0) {
+        ++group;
+        left = ceil_div(group_inputs(weight, group), STEP);
+        each<R>([&](auto r) { scale[r.value] = stream.scales(r.value, group); });
+      }
+      decode_floats<BITS, R>(table, stream, scale, buffer + step * STEP * R * ROWS);
+    }
+    float *to = totals;
+    for (int64_t tile = span.first; tile < span.last; ++tile) {
+      const int64_t start = tile_start(span.tiles, tile), width = tile_start(span.tiles, tile + 1) - start;
+      const float *x = static_cast<const float *>(packed.x) + (start * weight.steps + done * width) * STEP;
+      TileTable<R>::exact[width - 1](buffer, steps * QUADS, x, to);
+      to += width * R * ROWS;
+    }
+    done += steps;
+  }
+}
+
+/* --- which of them --- */
+
+/* `bits` 0 to 8, as BITS. */
+inline bool is_direct(int bits, const Tiles &tiles) {
+  return bits <= 4 && tiles.count == 1 && tiles.width <= Simd::direct;
+}
+
+template <int BITS>
+void add_direct(int mode, const Weight &weight, const Packed &packed, int64_t block, int64_t tokens, float *totals) {
+  each<Simd::direct>([&](auto t) {
+    constexpr int T = decltype(t)::value + 1;
+    if (tokens != T) return;
+    if (mode == PAREDOWN_INT8) direct_int8<BITS, T>(weight, packed, block, totals);
+    if (mode == PAREDOWN_EXACT) direct_exact<BITS, T>(weight, packed, block, totals);
+  });
+}
+
+/* Add the products of R blocks of a weight with the tokens of a span to `totals`. */
+template <int R>
+void add_product(int mode, const Weight &weight, const Packed &packed, int64_t block, const Span &span,
+                 float *totals) {
+  const int bits = bits_of(weight);
+  const bool direct = R == 1 && is_direct(bits, span.tiles);
+  each<9>([&](auto b) {
+    constexpr int BITS = decltype(b)::value;
+    if (bits != BITS) return;
+    if constexpr (R == 1 && BITS <= 4 && Simd::direct > 0) {
+      if (direct) return add_direct<BITS>(mode, weight, packed, block, span.tiles.width, totals);
+    }
+    if (mode == PAREDOWN_INT8) buffered_int8<BITS, R>(weight, packed, block, span, totals);
+    if (mode == PAREDOWN_EXACT) buffered_exact<BITS, R>(weight, packed, block, span, totals);
+  });
+}
+
+template <int R>
+void multiply_blocks(const Linear &linear, int64_t block, const Span &span, float *totals) {
+  const int64_t first = tile_start(linear.tiles, span.first);
+  const int64_t tokens = tile_start(linear.tiles, span.last) - first;
+  for (int64_t i = 0; i < tokens * R; ++i) Simd::fstore(totals + i * ROWS, Simd::fset(0.0f));
+  add_product<R>(linear.call->mode, linear.weight, linear.x, block, span, totals);
+  if (linear.low.given.n != 0) add_product<R>(PAREDOWN_EXACT, linear.low, linear.low_x, block, span, totals);
+  finish(*linear.call, block, R, first, tokens, totals);
+}
+
+inline bool same_table(const Weight &weight, int64_t block) {
+  return table_of(weight, block) == table_of(weight, block + 1);
+}
+
+/* Whether block and the next can be taken together: more tokens than are decoded for in registers, and one table. */
+inline bool in_pair(const Linear &linear, int64_t block, int64_t last) {
+  if (block + 1 >= last || is_direct(bits_of(linear.weight), linear.tiles)) return false;
+  return same_table(linear.weight, block) && (linear.low.given.n == 0 || same_table(linear.low, block));
+}
+
+void multiply(const Linear &linear, int64_t first, int64_t last, int64_t first_tile, int64_t last_tile) {
+  alignas(64) float totals[tokens_at_once * Simd::blocks * ROWS];
+  const Span span{linear.tiles, first_tile, last_tile};
+  for (int64_t block = first; block < last;) {
+    if (Simd::blocks == 2 && in_pair(linear, block, last)) {
+      multiply_blocks<Simd::blocks>(linear, block, span, totals);
+      block += 2;
+    } else {
+      multiply_blocks<1>(linear, block, span, totals);
+      ++block;
+    }
+  }
+}
+
+/* --- activations --- */
+
+/* Round the inputs of one token in one run to bytes: `at` is its place in the tile, `quads` those of the run. */
+inline void pack_run(const char *x, int32_t type, int64_t inputs, const Weight &weight, int64_t width, int8_t *to,
+                     float *scale, int32_t *correction) {
+  constexpr int most = RUN_STEPS * STEP / ROWS;
+  const int64_t element = scale_bytes(type);
+  F value[most];
+  F most_of = Simd::fset(0.0f);
+  int count = 0;
+  for (int64_t i = 0; i < inputs; i += ROWS, ++count) {
+    value[count] = Simd::load_as_float(x + i * element, type, min_of(ROWS, inputs - i));
+    most_of = Simd::fmax(most_of, Simd::fabs(value[count]));
+  }
+  const float largest = Simd::fmax_of(most_of);
+  float factor = 127.0f / largest;
+  const bool nothing = !(factor <= 3.4028235e38f); /* a run of zeros, or nearly */
+  if (nothing) factor = 0.0f;
+  I sum = Simd::set(0);
+  for (int i = 0; i < count; ++i) {
+    alignas(16) int8_t bytes[ROWS];
+    const I q = Simd::to_int(Simd::fmul(value[i], Simd::fset(factor)));
+    sum = Simd::add(sum, q);
+    Simd::bytes_of(q, bytes);
+    for (int quad = 0; quad < ROWS / 4; ++quad) {
+      __builtin_memcpy(to + (i * (ROWS / 4) + quad) * width * 4, bytes + quad * 4, 4);
+    }
+  }
+  for (int64_t quad = count * (ROWS / 4); quad % QUADS != 0; ++quad) __builtin_memset(to + quad * width * 4, 0, 4);
+  *scale = nothing ? 0.0f : largest / 127.0f * weight.given.unit;
+  *correction = (Simd::int8_offset - static_cast<int32_t>(weight.given.zero)) * Simd::sum(sum);
+}
+
+/* Copy the inputs of one token in one group as floats. */
+inline void copy_group(const char *x, int32_t type, int64_t inputs, int64_t width, float *to) {
+  const int64_t element = scale_bytes(type), filled = ceil_div(inputs, STEP) * STEP;
+  for (int64_t i = 0; i < filled; i += ROWS) {
+    alignas(64) float value[ROWS];
+    const int64_t here = min_of(ROWS, inputs - i);
+    Simd::fstore(value, here <= 0 ? Simd::fset(0.0f) : Simd::load_as_float(x + i * element, type, here));
+    for (int quad = 0; quad < ROWS / 4; ++quad) {
+      __builtin_memcpy(to + (i / 4 + quad) * width * 4, value + quad * 4, 4 * sizeof(float));
+    }
+  }
+}
+
+inline void pack_token(const Weight &weight, int mode, const char *x, int32_t type, const Tiles &tiles, int64_t tile,
+                       int64_t place, const Packed &out) {
+  const int64_t start = tile_start(tiles, tile), width = tile_start(tiles, tile + 1) - start;
+  const int64_t element = scale_bytes(type);
+  int64_t at = (start * weight.steps) * STEP + place * 4, run = start * weight.runs + place;
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    const int64_t inputs = group_inputs(weight, group);
+    if (mode == PAREDOWN_EXACT) copy_group(x, type, inputs, width, static_cast<float *>(out.x) + at);
+    if (mode == PAREDOWN_EXACT) at += ceil_div(inputs, STEP) * STEP * width;
+    for (int64_t done = 0; done < inputs && mode == PAREDOWN_INT8; done += RUN_STEPS * STEP, run += width) {
+      const int64_t here = min_of(RUN_STEPS * STEP, inputs - done);
+      pack_run(x + done * element, type, here, weight, width, static_cast<int8_t *>(out.x) + at, out.scale + run,
+               out.correction + run);
+      at += ceil_div(here, STEP) * STEP * width;
+    }
+    x += inputs * element;
+  }
+}
+
+void pack(const Linear &linear, int64_t first, int64_t last) {
+  const paredown_linear &call = *linear.call;
+  const int64_t element = scale_bytes(call.type);
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t start = tile_start(linear.tiles, tile), end = tile_start(linear.tiles, tile + 1);
+    for (int64_t token = start; token < end; ++token) {
+      const char *x = static_cast<const char *>(call.x) + token * call.x_stride * element;
+      pack_token(linear.weight, call.mode, x, call.type, linear.tiles, tile, token - start, linear.x);
+      if (linear.low.given.n == 0) continue;
+      const char *low_x = static_cast<const char *>(call.low_x) + token * call.low_stride * element;
+      pack_token(linear.low, PAREDOWN_EXACT, low_x, call.type, linear.tiles, tile, token - start, linear.low_x);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace paredown
