@@ -1,266 +1,246 @@
-"""`paredown::lut_linear`: multiply by a weight that is stored as codes into a table.
+"""`paredown::lut_linear` for torch: y = act(x W^T + t L^T + bias) with W, and L, stored as codes into a table.
 
-    W[r, c] = (table[r // table_rows, code[r, c]] - zero) * unit * scale[r, c // group]          y = x W^T
-
-The same op exists twice: here for torch, and as the ONNX operator `paredown::LutLinear` (`LutDecode` gives W alone, for
-convolutions and embeddings). An ONNX file carries both as functions of standard operators, so that it runs in any
-runtime; a runtime that has our library uses a kernel instead. W is computed in float32, in the order above, and
-rounded once: torch, ONNX and `Weight.dense()` agree bit for bit.
-
-A table is uint8 or float16: TensorRT takes no int8 constant that is not dequantized (TensorRT-RTX 1.7.1), so entries
--127..127 are stored with 128 added and `zero` = 128.
+The operator, its fake and what runs without any kernel are here; a device's kernels are registered for its dispatch
+key. On CPUs the compiled library computes float32, float16 and bfloat16 where it was built, everything else is
+`lut_reference`. `mode` means what `cpu/paredown.h` says; the low-rank term is exact in both modes.
 """
 
 from __future__ import annotations
 
-import math
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
-from torch import Tensor
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
-from . import pack as packing
+from . import lut_reference, native
+from .lut_arguments import FLOAT_TYPES, PARTS, WEIGHT, check_parts, numbers, pointer, read_spec, tensors
+from .lut_spec import ACTIVATIONS, MODES, Activation, LutParts, LutSpec, Mode
+from .onnx_ops import DOMAIN
 
-if TYPE_CHECKING:
-    import onnx
-
-DOMAIN, VERSION = "paredown", 1
-OnnxOp: TypeAlias = Literal["LutDecode", "LutLinear"]
-ONNX_OPS: tuple[OnnxOp, ...] = ("LutDecode", "LutLinear")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LutSpec:
-    """The shape and meaning of one weight (n, k); `group` 0 = one scale per row, `table_rows` 0 = one table."""
-
-    n: int
-    k: int
-    bits: int
-    group: int = 0
-    table_rows: int = 0
-    zero: float = 0.0
-    unit: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits} is out of range; use 1 to 8")
-        if min(self.n, self.k) < 1 or min(self.group, self.table_rows) < 0:
-            raise ValueError(f"({self.n}, {self.k}), group={self.group}, table_rows={self.table_rows} is no weight")
-
-    @property
-    def table_shape(self) -> tuple[int, int]:
-        return math.ceil(self.n / self.table_rows) if self.table_rows else 1, 2**self.bits
-
-    @property
-    def scale_shape(self) -> tuple[int, int]:
-        return self.n, math.ceil(self.k / self.group) if self.group else 1
+DEFAULTS = ("exact", "", None, None, None, None, None, (), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LutParts:
-    """The tensors of one weight; `codes` as `pack` left them."""
+class LowRank:
+    """The term t L^T: t = x R^T, computed before, and the left factor L (n, rank)."""
 
-    codes: UInt8[Tensor, "bytes"]
-    table: UInt8[Tensor, "blocks levels"] | Float[Tensor, "blocks levels"]
-    scale: Float[Tensor, "n groups"]
-
-
-def pack(codes: UInt8[Tensor, "n k"], bits: int) -> UInt8[Tensor, "bytes"]:
-    """Return codes in the layout of the op, "rows": the stream of `kernels.pack`."""
-    return packing.pack(codes, bits)
+    t: Float[Tensor, "... rank"]
+    parts: LutParts
+    spec: LutSpec
 
 
-def supports(spec: LutSpec, dtype: torch.dtype) -> str:
-    """Return "" if a weight of this spec can multiply activations of `dtype`, else the reason."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        return f"activations of {dtype} are not floating point"
-    return ""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Call:
+    """One product, its tensors and sizes checked against each other."""
+
+    x: Float[Tensor, "... k"]
+    parts: LutParts
+    spec: LutSpec
+    mode: Mode
+    activation: Activation
+    bias: Shaped[Tensor, "n"] | None
+    low: LowRank | None
 
 
-def lut_linear(x: Float[Tensor, "... k"], parts: LutParts, spec: LutSpec) -> Float[Tensor, "... n"]:
-    """Return x W^T by the best kernel that is loaded; ValueError where tensors and spec do not fit."""
-    sizes = (spec.n, spec.k, spec.bits, spec.group, spec.table_rows)
-    product: Tensor = torch.ops.paredown.lut_linear(
-        x, parts.codes, parts.table, parts.scale, *sizes, spec.zero, spec.unit
-    )
+def lut_linear(
+    x: Float[Tensor, "... k"],
+    parts: LutParts,
+    spec: LutSpec,
+    *,
+    mode: Mode = "exact",
+    activation: Activation = "",
+    bias: Float[Tensor, "n"] | None = None,
+    low: LowRank | None = None,
+) -> Float[Tensor, "... n"]:
+    """Return act(x W^T + t L^T + bias) in the dtype of x; ValueError where tensors and sizes do not fit."""
+    left = () if low is None else (low.t, *tensors(low.parts), *numbers(low.spec))
+    product: Tensor = torch.ops.paredown.lut_linear(x, *tensors(parts), *numbers(spec), mode, activation, bias, *left)
     return product
 
 
-def reference(x: Float[Tensor, "... k"], parts: LutParts, spec: LutSpec) -> Float[Tensor, "... n"]:
-    """Return x W^T in plain torch: W rounded to the dtype of x, then a matrix product."""
-    return x @ decode(parts, spec).to(x.dtype).T
+class LutLinear(nn.Module):
+    """A linear layer that holds its weight as codes, and so does its state; it has no gradient.
 
-
-def decode(parts: LutParts, spec: LutSpec) -> Float[Tensor, "n k"]:
-    """Return W in float32."""
-    codes = packing.unpack(parts.codes, spec.bits, (spec.n, spec.k)).long()
-    rows = torch.arange(spec.n, device=codes.device)
-    block = rows // (spec.table_rows or spec.n)
-    table = (parts.table.float() - spec.zero) * torch.tensor(spec.unit)
-    columns = torch.arange(spec.k, device=codes.device) // (spec.group or spec.k)
-    return table.flatten()[codes + block[:, None] * 2**spec.bits] * parts.scale.float()[:, columns]
-
-
-def onnx_attributes(spec: LutSpec, dtype: int) -> dict[str, int | float | str | list[int]]:
-    """Return the attributes of a node; `dtype` is the ONNX element type of W (and of x and y).
-
-    `place` and `divisor` tell the portable body what each byte and each code of a word count; kernels use `bits`.
+    `right` gives t of the low-rank term from x; `left` is that term's other factor. `.to` and `.half` change the bias
+    and `right`; codes, tables and scales keep their types, and y has the type of x.
     """
-    size, per_word = packing.word(spec.bits)
-    return {
-        "n": spec.n,
-        "k": spec.k,
-        "bits": spec.bits,
-        "group": spec.group,
-        "table_rows": spec.table_rows,
-        "zero": spec.zero,
-        "unit": spec.unit,
-        "layout": "rows",
-        "dtype": dtype,
-        "levels": 2**spec.bits,
-        "place": [256**byte for byte in range(size)],
-        "divisor": [2 ** (spec.bits * code) for code in range(per_word)],
-    }
+
+    codes: Tensor
+    table: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        parts: LutParts,
+        spec: LutSpec,
+        *,
+        mode: Mode = "exact",
+        activation: Activation = "",
+        bias: Float[Tensor, "n"] | None = None,
+        left: tuple[LutParts, LutSpec] | None = None,
+        right: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if (left is None) != (right is None):
+            raise ValueError("a low-rank term needs both factors: left and right")
+        self.spec, self.mode, self.activation = spec, mode, activation
+        self.left_spec = left[1] if left else None
+        self.in_features, self.out_features = spec.k, spec.n
+        self.right = None if right is None else right.requires_grad_(False)
+        for name, tensor in zip(PARTS, tensors(parts), strict=True):
+            self.register_buffer(name, tensor)
+        for name, tensor in zip(PARTS, tensors(left[0]) if left else (), strict=False):
+            self.register_buffer(f"left_{name}", tensor)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        left: tuple[Any, ...] = ()
+        if self.right is not None and self.left_spec is not None:
+            parts = (getattr(self, f"left_{name}") for name in PARTS)
+            left = (self.right(x), *parts, *numbers(self.left_spec))
+        sizes = numbers(self.spec)
+        product: Tensor = torch.ops.paredown.lut_linear(
+            x, self.codes, self.table, self.scale, *sizes, self.mode, self.activation, self.bias, *left
+        )
+        return product
+
+    def extra_repr(self) -> str:
+        said = f"{self.in_features}, {self.out_features}, bits={self.spec.bits}, mode={self.mode}"
+        return said + (f", activation={self.activation}" if self.activation else "")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LutLinear:
+        """Move codes, tables and scales where `fn` moves them, but do not convert them."""
+        with keep_types(self, (*PARTS, *(f"left_{name}" for name in PARTS if self.left_spec))):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
-def onnx_function(op: OnnxOp, opset: int) -> onnx.FunctionProto:
-    """Return the portable body of an operator; one body serves every width, group and table through its attributes."""
-    import onnx.parser
-
-    inputs, outputs, tail = {
-        "LutDecode": ("codes, table, scale", "W", ""),
-        "LutLinear": ("x, codes, table, scale", "y", _PRODUCT),
-    }[op]
-    names = ", ".join(onnx_attributes(LutSpec(n=1, k=1, bits=1), 1))
-    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op} <{names}> ({inputs}) => ({outputs}) {{'
-    return onnx.parser.parse_function(text + _DECODE + tail + "}")
+@contextmanager
+def keep_types(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Undo what converts the types of these buffers of a module, but not what moves them."""
+    kept = {name: module.get_buffer(name) for name in names}
+    yield
+    for name, tensor in kept.items():
+        moved = module.get_buffer(name)
+        if moved.dtype != tensor.dtype:
+            setattr(module, name, tensor.to(moved.device))
 
 
-# What a byte adds to each code of its word is looked up (`parts`: 256 rows for each byte of a word, from the attributes
-# alone) and the bytes of a word are added: no shifts or masks, which TensorRT has not, and few passes over the weights,
-# because onnxruntime folds the body at load and keeps each pass in memory (4096 x 4096 at 4 bits: 2.6 s and 855 MB;
-# dividing and subtracting code by code took 4.0 s and 1110 MB). int32: onnxruntime 1.31 sums int64 in double.
-_DECODE = """
-    minus_one = Constant <value_ints = [-1]> ()
-    zero_1d = Constant <value_ints = [0]> ()
-    one_1d = Constant <value_ints = [1]> ()
-    last_two = Constant <value_ints = [1, 2]> ()
-    outer_two = Constant <value_ints = [0, 2]> ()
-    zero_0d = Constant <value_int = 0> ()
-    one_0d = Constant <value_int = 1> ()
-    bytes = Constant <value_int = 256> ()
-    n = Constant <value_int: int = @n> ()
-    k = Constant <value_int: int = @k> ()
-    levels = Constant <value_int: int = @levels> ()
-    place = Constant <value_ints: ints = @place> ()
-    divisor = Constant <value_ints: ints = @divisor> ()
+def backend(key: str, run: Callable[[Call], Tensor]) -> None:
+    """Let `run` compute the products of tensors of a dispatch key ("CUDA"), from now on in this process."""
+    _LIBRARY.impl("lut_linear", lambda *arguments: run(_call(*arguments)), key)
 
-    place_column = Unsqueeze (place, last_two)
-    byte_values = Range (zero_0d, bytes, one_0d)
-    byte_row = Unsqueeze (byte_values, outer_two)
-    placed = Mul (place_column, byte_row)
-    shifted = Div (placed, divisor)
-    above = Div (shifted, levels)
-    above_part = Mul (above, levels)
-    parts_64 = Sub (shifted, above_part)
-    parts_32 = Cast <to = 6> (parts_64)
-    per_word = Shape (divisor)
-    parts_shape = Concat <axis = 0> (minus_one, per_word)
-    parts = Reshape (parts_32, parts_shape)
 
-    word_bytes = Shape (place)
-    words_shape = Concat <axis = 0> (minus_one, word_bytes)
-    bytes_32 = Cast <to = 6> (codes)
-    words = Reshape (bytes_32, words_shape)
-    word_bytes_0d = Squeeze (word_bytes)
-    position = Range (zero_0d, word_bytes_0d, one_0d)
-    position_64 = Mul (position, bytes)
-    position_32 = Cast <to = 6> (position_64)
-    part = Add (words, position_32)
-    added = Gather <axis = 0> (parts, part)
-    digits = ReduceSum <keepdims = 0> (added, one_1d)
-    stream = Reshape (digits, minus_one)
-    count = Mul (n, k)
-    count_1d = Reshape (count, one_1d)
-    taken = Slice (stream, zero_1d, count_1d)
-    n_1d = Reshape (n, one_1d)
-    k_1d = Reshape (k, one_1d)
-    shape = Concat <axis = 0> (n_1d, k_1d)
-    code = Reshape (taken, shape)
+def reference(call: Call) -> Float[Tensor, "... n"]:
+    """Return a product in plain torch, on any device."""
+    x, spec, low = call.x, call.spec, call.low
+    y = lut_reference.product(x, lut_reference.decode(call.parts, spec), spec.group, call.mode)
+    if low is not None:
+        y = y + lut_reference.product(low.t, lut_reference.decode(low.parts, low.spec), 0, "exact")
+    if call.bias is not None:
+        y = y + call.bias
+    return lut_reference.activate(y, call.activation).to(x.dtype)
 
-    table_rows = Constant <value_int: int = @table_rows> ()
-    one_table = Equal (table_rows, zero_0d)
-    block_rows = Where (one_table, n, table_rows)
-    row = Range (zero_0d, n, one_0d)
-    block = Div (row, block_rows)
-    offset_64 = Mul (block, levels)
-    offset_1d = Cast <to = 6> (offset_64)
-    offset = Unsqueeze (offset_1d, one_1d)
-    index = Add (code, offset)
-    zero = Constant <value_float: float = @zero> ()
-    unit = Constant <value_float: float = @unit> ()
-    table_float = Cast <to = 1> (table)
-    table_centred = Sub (table_float, zero)
-    table_values = Mul (table_centred, unit)
-    table_flat = Reshape (table_values, minus_one)
-    values = Gather <axis = 0> (table_flat, index)
 
-    group = Constant <value_int: int = @group> ()
-    one_group = Equal (group, zero_0d)
-    group_columns = Where (one_group, k, group)
-    column = Range (zero_0d, k, one_0d)
-    column_group = Div (column, group_columns)
-    scale_float = Cast <to = 1> (scale)
-    scales = Gather <axis = 1> (scale_float, column_group)
-    W_float = Mul (values, scales)
-    W = Cast <to: int = @dtype> (W_float)
-"""
-_PRODUCT = """
-    W_t = Transpose <perm = [1, 0]> (W)
-    y = MatMul (x, W_t)
-"""
+def _on_cpu(call: Call) -> Tensor:
+    return _compiled(call) if call.x.dtype in FLOAT_TYPES and native.available() else reference(call)
+
+
+def _on_gpu(call: Call) -> Tensor:
+    from .cuda import op  # it imports this module, and is of no use without a GPU
+
+    return op.run(call)
+
+
+def _compiled(call: Call) -> Tensor:
+    """Return a product of the compiled library."""
+    x, low, n = _rows(call.x), call.low, call.spec.n
+    y = x.new_empty((*call.x.shape[:-1], n))
+    if not y.numel():
+        return y
+    t = None if low is None else _rows(low.t)
+    library, bias = native.library(), None if call.bias is None else call.bias.contiguous()
+    linear = native.Linear(
+        *(pointer(call.parts, call.spec), x.data_ptr(), y.data_ptr(), x.shape[0], x.stride(0), n),
+        *(FLOAT_TYPES[x.dtype], MODES.index(call.mode), ACTIVATIONS.index(call.activation)),
+        *(None if bias is None else bias.data_ptr(), None if low is None else pointer(low.parts, low.spec)),
+        *((None, 0) if t is None else (t.data_ptr(), t.stride(0))),
+        *(None, 0, torch.get_num_threads()),
+    )
+    address = ctypes.byref(linear)
+    linear.scratch_bytes = library.paredown_scratch(address)
+    scratch = torch.empty(linear.scratch_bytes, dtype=torch.uint8)
+    linear.scratch = scratch.data_ptr()
+    native.check(library.paredown_run_linear(address))
+    return y
+
+
+def _rows(x: Float[Tensor, "... k"]) -> Float[Tensor, "m k"]:
+    """Return x as rows whose elements lie side by side; a copy only where they do not."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _fake(*arguments: Any) -> Tensor:
+    call = _call(*arguments)
+    return call.x.new_empty((*call.x.shape[:-1], call.spec.n))
+
+
+def _call(
+    x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, sizes: Sequence[int], grid: Sequence[float], *rest: Any
+) -> Call:
+    """Return the call that an operator's arguments mean; torch leaves the last out where they have their defaults."""
+    mode, activation, bias, t, left_codes, left_table, left_scale, left_sizes, left_grid = rest + DEFAULTS[len(rest) :]
+    spec = read_spec(tuple(sizes), tuple(grid))
+    parts, low = LutParts(codes=codes, table=table, scale=scale), None
+    check_parts("lut_linear: ", parts, spec, mode)
+    if t is not None:
+        left = LutParts(codes=left_codes, table=left_table, scale=left_scale)
+        low = LowRank(t=t, parts=left, spec=read_spec(tuple(left_sizes), tuple(left_grid)))
+        check_parts("lut_linear: left_", left, low.spec)
+    call = Call(x=x, parts=parts, spec=spec, mode=mode, activation=activation, bias=bias, low=low)
+    _check(call)
+    return call
+
+
+def _check(call: Call) -> None:
+    x, low, spec = call.x, call.low, call.spec
+    if x.dtype not in FLOAT_TYPES and x.dtype != torch.float64:
+        raise ValueError(f"lut_linear: activations of {x.dtype} are not floating point")
+    if x.dim() == 0 or x.shape[-1] != spec.k:
+        raise ValueError(f"lut_linear: x is {tuple(x.shape)}, the weight ({spec.n}, {spec.k}) takes {spec.k} columns")
+    if call.mode not in MODES or call.activation not in ACTIVATIONS:
+        raise ValueError(f"lut_linear: no mode {call.mode!r} with activation {call.activation!r}")
+    _check_like("bias", call.bias, x, (spec.n,))
+    if low is not None:
+        _check_like("t", low.t, x, (*x.shape[:-1], low.spec.k))
+        if low.spec.n != spec.n:
+            raise ValueError(f"lut_linear: the left factor has {low.spec.n} rows, the weight {spec.n}")
+    read = x, call.bias, None if low is None else low.t
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in read):
+        raise RuntimeError("lut_linear has no gradient: compressed models are for inference, use torch.no_grad()")
+
+
+def _check_like(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
+        have = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"lut_linear: {name} is {have}, must be {x.dtype} {tuple(shape)} like x")
+
 
 _SCHEMA = (
-    "lut_linear(Tensor x, Tensor codes, Tensor table, Tensor scale, int n, int k, int bits, int group, int table_rows, "
-    "float zero, float unit) -> Tensor"
+    f"lut_linear(Tensor x, {WEIGHT}, str mode='exact', str activation='', "
+    "Tensor? bias=None, Tensor? t=None, Tensor? left_codes=None, Tensor? left_table=None, "
+    "Tensor? left_scale=None, int[] left_sizes=[], float[] left_grid=[]) -> Tensor"
 )
-
-
-def _run(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, *numbers: Any) -> Tensor:
-    parts, spec = LutParts(codes=codes, table=table, scale=scale), _spec(*numbers)
-    _check(x, parts, spec)
-    return reference(x, parts, spec)
-
-
-def _fake(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, *numbers: Any) -> Tensor:
-    parts, spec = LutParts(codes=codes, table=table, scale=scale), _spec(*numbers)
-    _check(x, parts, spec)
-    return x.new_empty((*x.shape[:-1], spec.n))
-
-
-def _spec(n: int, k: int, bits: int, group: int, table_rows: int, zero: float, unit: float) -> LutSpec:
-    return LutSpec(n=n, k=k, bits=bits, group=group, table_rows=table_rows, zero=zero, unit=unit)
-
-
-def _check(x: Shaped[Tensor, "..."], parts: LutParts, spec: LutSpec) -> None:
-    if reason := supports(spec, x.dtype):
-        raise ValueError(f"lut_linear: {reason}")
-    if x.shape[-1] != spec.k:
-        raise ValueError(f"lut_linear: x has {x.shape[-1]} columns, the weight ({spec.n}, {spec.k}) takes {spec.k}")
-    wanted: tuple[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
-        ("codes", parts.codes, (packing.packed_bytes(spec.n * spec.k, spec.bits),), (torch.uint8,)),
-        ("table", parts.table, spec.table_shape, (torch.uint8, torch.float16)),
-        ("scale", parts.scale, spec.scale_shape, (torch.float16, torch.bfloat16, torch.float32)),
-    )
-    for name, tensor, shape, dtypes in wanted:
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            have = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"lut_linear: {name} is {have}, must be {' or '.join(map(str, dtypes))} {shape}")
-
-
 _LIBRARY: Any = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(_SCHEMA)
-_LIBRARY.impl("lut_linear", _run, "CompositeExplicitAutograd")
+backend("CompositeExplicitAutograd", reference)
+backend("CPU", _on_cpu)
+backend("CUDA", _on_gpu)
 torch.library.register_fake(f"{DOMAIN}::lut_linear", _fake, lib=_LIBRARY)

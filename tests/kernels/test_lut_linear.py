@@ -1,203 +1,257 @@
-"""The op in torch and its ONNX functions, against numpy that decodes weight by weight."""
+"""The operator in torch, in both modes and with all it can add, against numpy in float64."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
+from torch import nn
 
-from paredown.kernels.lut_linear import (
-    DOMAIN,
-    LutParts,
-    LutSpec,
-    decode,
-    lut_linear,
-    onnx_attributes,
-    onnx_function,
-    pack,
-    reference,
-    supports,
-)
+from paredown.kernels import lut_linear as module
+from paredown.kernels import lut_reference, native
+from paredown.kernels.lut_arguments import PARTS, numbers, tensors
+from paredown.kernels.lut_linear import LowRank, LutLinear, lut_linear
+from paredown.kernels.lut_spec import ACTIVATIONS, MODES, LutParts, LutSpec
 
-SPECS = [
-    LutSpec(n=7, k=13, bits=3, zero=128.0, unit=1 / 127),
-    LutSpec(n=33, k=30, bits=4, group=8, table_rows=16),
-    LutSpec(n=5, k=9, bits=8, group=4, zero=100.0),
-    LutSpec(n=5, k=9, bits=2, group=4, table_rows=2, zero=128.0, unit=1 / 127),
-    LutSpec(n=4, k=6, bits=7, table_rows=4),
-    LutSpec(n=1, k=1, bits=5),
-    LutSpec(n=3, k=11, bits=6, group=11),
-    LutSpec(n=6, k=3, bits=1, table_rows=5),
+from .lut_cases import BYTES, SPECS, Case, Float64, activate, case, rounded, specs
+
+WAYS = ["reference", *(["compiled"] if native.available() else [])]
+ALL_BITS = tuple(range(1, 9))
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "reference":
+        monkeypatch.setattr(module.native, "available", lambda: False)
+    return str(request.param)
+
+
+def random(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bytes_spec(spec: LutSpec) -> LutSpec:
+    """The same sizes with a table of bytes, which int8 products need."""
+    sizes = {"n": spec.n, "k": spec.k, "bits": spec.bits, "group": spec.group, "table_rows": spec.table_rows}
+    return LutSpec(**sizes, zero=BYTES[0], unit=BYTES[1])
+
+
+def wanted(x: torch.Tensor, weight: Case, mode: str) -> tuple[Float64, Float64]:
+    """x W^T without rounding, and how far a product of this type may be from it."""
+    rows = x.float().numpy().reshape(-1, weight.spec.k)
+    used = (rounded(rows, weight.spec) if mode == "int8" else rows).astype(np.float64)
+    y, size = used @ weight.weight.T.astype(np.float64), np.abs(used) @ np.abs(weight.weight.T)
+    shape = (*x.shape[:-1], weight.spec.n)
+    error = size * (weight.spec.k + 4) * 2.0**-24 + np.abs(y) * torch.finfo(x.dtype).eps
+    return y.reshape(shape), error.reshape(shape) + 1e-30
+
+
+@settings(deadline=None)
+@given(spec=specs(ALL_BITS), seed=st.integers(0, 9))
+def test_decode_equals_numpy_bit_for_bit(spec: LutSpec, seed: int) -> None:
+    weight = case(spec, seed)
+    assert np.array_equal(lut_reference.decode(weight.parts, spec).numpy(), weight.weight)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_the_identity_reproduces_the_weight(spec: LutSpec, way: str) -> None:
+    weight = case(spec)
+    assert np.array_equal(lut_linear(torch.eye(spec.k), weight.parts, spec).T.numpy(), weight.weight)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_products_stay_within_their_bound(shape: tuple[int, ...], dtype: torch.dtype, mode: Any, way: str) -> None:
+    for spec in map(bytes_spec, SPECS):
+        weight = case(spec)
+        for x in (random(*shape, spec.k), random(*shape, 2 * spec.k)[..., ::2], random(spec.k).expand(*shape, -1)):
+            y, error = wanted(x.to(dtype), weight, mode)
+            have = lut_linear(x.to(dtype), weight.parts, spec, mode=mode)
+            assert have.dtype == dtype
+            assert have.shape == y.shape
+            assert (np.abs(have.double().numpy() - y) <= error).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(spec=specs(ALL_BITS), seed=st.integers(0, 9), mode=st.sampled_from(MODES), m=st.integers(1, 5))
+def test_both_ways_mean_the_same(spec: LutSpec, seed: int, mode: Any, m: int) -> None:
+    weight, x = case(bytes_spec(spec), seed), random(m, spec.k, seed=seed)
+    y, error = wanted(x, weight, mode)
+    assert (np.abs(lut_linear(x, weight.parts, weight.spec, mode=mode).double().numpy() - y) <= error).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bias_low_rank_and_activation(activation: Any, mode: Any, dtype: torch.dtype, way: str) -> None:
+    spec, left = bytes_spec(SPECS[3]), case(LutSpec(n=SPECS[3].n, k=5, bits=8, zero=BYTES[0], unit=BYTES[1]), 1)
+    weight, x, t = case(spec), random(2, 3, spec.k).to(dtype), random(2, 3, 5, seed=2).to(dtype)
+    bias = random(2 * spec.n, seed=3).to(dtype)[::2]
+    y, error = wanted(x, weight, mode)
+    low, low_error = wanted(t, left, "exact")
+    total = activate(y + low + bias.double().numpy(), activation)
+    bound = 1.2 * (error + low_error) + (np.abs(total) + np.abs(y + low) + 1) * torch.finfo(dtype).eps * 4
+    term = LowRank(t=t, parts=left.parts, spec=left.spec)
+    have = lut_linear(x, weight.parts, spec, mode=mode, activation=activation, bias=bias, low=term)
+    assert have.dtype == dtype
+    assert (np.abs(have.double().numpy() - total) <= bound).all()
+
+
+def test_doubles_are_summed_in_doubles() -> None:
+    weight, x = case(SPECS[1]), random(4, SPECS[1].k).double()
+    have = lut_linear(x, weight.parts, SPECS[1])
+    assert have.dtype == torch.float64
+    np.testing.assert_allclose(have.numpy(), x.numpy() @ weight.weight.T.astype(np.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_rounding_leaves_tiny_runs_zero() -> None:
+    x = torch.tensor([[3e-37, -1e-40, 0.0, 1.0]])
+    assert lut_reference.round_inputs(x, 2).tolist() == [[0.0, 0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", SPECS[1:3], ids=str)
+def test_opcheck(spec: LutSpec, mode: Any, way: str) -> None:
+    spec = bytes_spec(spec)
+    weight, left = case(spec), case(LutSpec(n=spec.n, k=3, bits=4, zero=8.0))
+    for extra in ((), (random(spec.n), random(2, 3), *tensors(left.parts), *numbers(left.spec))):
+        arguments = (random(2, spec.k), *tensors(weight.parts), *numbers(spec), mode, "gelu", *extra)
+        result = torch.library.opcheck(torch.ops.paredown.lut_linear.default, arguments)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def layer(mode: Any = "exact", seed: int = 0) -> LutLinear:
+    spec = bytes_spec(SPECS[3])
+    weight, left = case(spec, seed), case(LutSpec(n=spec.n, k=4, bits=8, zero=BYTES[0], unit=BYTES[1]), seed)
+    right = nn.Linear(spec.k, 4, bias=False)
+    nn.init.constant_(right.weight, 0.25)
+    return LutLinear(
+        weight.parts, spec, mode=mode, bias=random(spec.n), left=(left.parts, left.spec), right=right, activation="relu"
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_is_the_operator(mode: Any) -> None:
+    made = layer(mode)
+    x, spec = random(3, made.in_features), made.spec
+    parts = LutParts(codes=made.codes, table=made.table, scale=made.scale)
+    left = LutParts(codes=made.left_codes, table=made.left_table, scale=made.left_scale)
+    assert made.left_spec is not None
+    low = LowRank(t=x @ torch.full((spec.k, 4), 0.25), parts=left, spec=made.left_spec)
+    want = lut_linear(x, parts, spec, mode=mode, activation="relu", bias=made.bias, low=low)
+    torch.testing.assert_close(made(x), want)
+    assert str(made).startswith(f"LutLinear(\n  70, 40, bits=2, mode={mode}, activation=relu\n  (right): Linear(")
+
+
+def test_the_state_of_a_layer_is_its_codes() -> None:
+    made, other, file = layer(), layer(seed=3), io.BytesIO()
+    x = random(3, made.in_features)
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    assert not torch.equal(made(x), other(x))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(made(x), other(x))
+    assert [*made.state_dict()] == [
+        *("codes", "table", "scale", "left_codes", "left_table", "left_scale", "bias", "right.weight")
+    ]
+
+
+def test_conversion_leaves_codes_tables_and_scales_alone() -> None:
+    spec = LutSpec(n=20, k=24, bits=3, group=8)
+    weight = case(spec)
+    made = LutLinear(weight.parts, spec, bias=random(20)).bfloat16()
+    assert made.bias is not None
+    assert [made.codes.dtype, made.table.dtype, made.scale.dtype, made.bias.dtype] == [
+        *(torch.uint8, torch.float16, torch.float32, torch.bfloat16)
+    ]
+    assert torch.equal(made.scale, weight.parts.scale)
+    assert made(random(2, 24).bfloat16()).dtype == torch.bfloat16
+    assert LutLinear(weight.parts, spec).to("meta").half().scale.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch 2.13 warns of itself
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_layer_can_be_compiled(backend: str, way: str) -> None:
+    net = nn.Sequential(layer("int8"), nn.LayerNorm(40), nn.ReLU()).requires_grad_(False)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (2, 5):
+        x = random(rows, 70)
+        torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_a_layer_can_be_exported() -> None:
+    net = nn.Sequential(layer(), nn.ReLU())
+    exported = torch.export.export(net, (random(3, 70),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    assert "paredown.lut_linear.default" in str(exported.graph)
+    x = random(7, 70)
+    torch.testing.assert_close(exported.module()(x), net(x))
+
+
+def test_another_device_brings_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend sees a checked call; the meta device stands for one here."""
+    seen: list[module.Call] = []
+    library = torch.library.Library("paredown", "FRAGMENT")  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(module, "_LIBRARY", library)
+
+    def run(call: module.Call) -> torch.Tensor:
+        seen.append(call)
+        return call.x.new_empty((*call.x.shape[:-1], call.spec.n))
+
+    module.backend("SparseCPU", run)
+    weight = case(SPECS[1])
+    with pytest.raises(ValueError, match="x is"):
+        lut_linear(torch.zeros(2, 3).to_sparse(), weight.parts, SPECS[1])
+    assert lut_linear(torch.zeros(2, 30).to_sparse(), weight.parts, SPECS[1]).shape == (2, 33)
+    assert [call.spec for call in seen] == [SPECS[1]]
+    library._destroy()
+
+
+def test_there_is_no_gradient() -> None:
+    weight, x = case(SPECS[1]), random(2, 30).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"compressed models are for inference, use torch.no_grad\(\)"):
+        lut_linear(x, weight.parts, SPECS[1])
+    with torch.no_grad():
+        assert lut_linear(x, weight.parts, SPECS[1]).shape == (2, 33)
+
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    (r"x is \(2, 12\), the weight \(33, 30\) takes 30 columns", {"x": torch.zeros(2, 12)}),
+    ("activations of torch.int64 are not floating point", {"x": torch.zeros(2, 30, dtype=torch.int64)}),
+    (r"bias is torch.float32 \(3,\), must be torch.float32 \(33,\) like x", {"bias": torch.zeros(3)}),
+    (r"bias is torch.float16 \(33,\), must be torch.float32 \(33,\) like x", {"bias": torch.zeros(33).half()}),
+    (r"codes is torch.uint8 \(3,\), must be torch.uint8 \(3072,\)", {"codes": torch.zeros(3, dtype=torch.uint8)}),
+    (r"table is torch.int8 \(3, 16\), must be torch.uint8 or", {"table": torch.zeros(3, 16, dtype=torch.int8)}),
+    (r"scale is torch.float32 \(3, 4, 16\) with gaps, must be", {"scale": torch.zeros(3, 4, 32)[..., ::2]}),
+    ("int8 products need a table of bytes, this one is float16", {"mode": "int8"}),
+    ("no mode 'fast' with activation ''", {"mode": "fast"}),
+    ("no mode 'exact' with activation 'tanh'", {"activation": "tanh"}),
+    (r"t is torch.float32 \(2, 4\), must be torch.float32 \(2, 5\) like x", {"t": torch.zeros(2, 4)}),
 ]
 
 
-@st.composite
-def specs(draw: st.DrawFn) -> LutSpec:
-    n, k = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    group, table_rows = draw(st.integers(0, k)), draw(st.integers(0, n))
-    zero, unit = draw(st.sampled_from([(128.0, 1 / 127), (0.0, 1.0), (7.0, 1.0)]))
-    return LutSpec(n=n, k=k, bits=draw(st.integers(1, 8)), group=group, table_rows=table_rows, zero=zero, unit=unit)
-
-
-def codes_and_parts(spec: LutSpec, seed: int = 0) -> tuple[torch.Tensor, LutParts]:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**spec.bits, (spec.n, spec.k), generator=generator, dtype=torch.uint8)
-    table = torch.randn(spec.table_shape, generator=generator).half()
-    if spec.unit != 1.0:
-        table = torch.randint(1, 256, spec.table_shape, generator=generator, dtype=torch.uint8)
-    scale = torch.randn(spec.scale_shape, generator=generator)
-    return codes, LutParts(codes=pack(codes, spec.bits), table=table, scale=scale.half() if seed % 2 else scale)
-
-
-def slow_decode(spec: LutSpec, codes: torch.Tensor, parts: LutParts) -> np.ndarray:
-    f = np.float32
-    table, scale = parts.table.numpy().astype(f), parts.scale.numpy().astype(f)
-    weights = np.empty((spec.n, spec.k), f)
-    for r in range(spec.n):
-        for c in range(spec.k):
-            entry = table[r // spec.table_rows if spec.table_rows else 0, int(codes[r, c])]
-            factor = scale[r, c // spec.group if spec.group else 0]
-            weights[r, c] = ((entry - f(spec.zero)) * f(spec.unit)) * factor
-    return weights
-
-
-def onnx_model(spec: LutSpec, parts: LutParts, opset: int = 20) -> onnx.ModelProto:
-    """W by LutDecode and y = x W^T by LutLinear, in one graph."""
-    tensors = {"codes": parts.codes, "table": parts.table, "scale": parts.scale}
-    attributes = onnx_attributes(spec, onnx.TensorProto.FLOAT)
-    nodes = [
-        helper.make_node("LutDecode", [*tensors], ["W"], domain=DOMAIN, **attributes),
-        helper.make_node("LutLinear", ["x", *tensors], ["y"], domain=DOMAIN, **attributes),
-    ]
-    x, w, y = (
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-        for name, shape in (("x", ["m", spec.k]), ("W", [spec.n, spec.k]), ("y", ["m", spec.n]))
-    )
-    held = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items()]
-    return helper.make_model(
-        helper.make_graph(nodes, "g", [x], [w, y], held),
-        functions=[onnx_function("LutDecode", opset), onnx_function("LutLinear", opset)],
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
-        ir_version=10,
-    )
-
-
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-@given(spec=specs(), seed=st.integers(0, 9))
-def test_decode_equals_numpy_bit_for_bit(spec: LutSpec, seed: int) -> None:
-    codes, parts = codes_and_parts(spec, seed)
-    assert np.array_equal(decode(parts, spec).numpy(), slow_decode(spec, codes, parts))
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_the_identity_reproduces_the_weight(spec: LutSpec) -> None:
-    codes, parts = codes_and_parts(spec)
-    product = lut_linear(torch.eye(spec.k), parts, spec)
-    assert np.array_equal(product.T.numpy(), slow_decode(spec, codes, parts))
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_products_stay_within_the_rounding_of_the_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("text", "change"), BAD, ids=[text for text, _ in BAD])
+def test_bad_arguments_are_named(text: str, change: dict[str, Any]) -> None:
     spec = SPECS[1]
-    codes, parts = codes_and_parts(spec)
-    x = torch.randn(*shape, 2 * spec.k, generator=torch.Generator().manual_seed(1)).to(dtype)[..., ::2]
-    weight = slow_decode(spec, codes, parts).astype(np.float64)
-    want = x.double().numpy() @ weight.T
-    bound = (np.abs(x.double().numpy()) @ np.abs(weight).T) * (spec.k + 4) * torch.finfo(dtype).eps
-    if dtype == torch.float64:
-        bound = bound + np.abs(want) * 1e-6
-    have = lut_linear(x, parts, spec)
-    assert have.dtype == dtype
-    assert have.shape == (*shape, spec.n)
-    assert (np.abs(have.double().numpy() - want) <= bound).all()
+    weight, left = case(spec), case(LutSpec(n=spec.n, k=5, bits=8, zero=1.0))
+    parts = {name: change.get(name, getattr(weight.parts, name)) for name in PARTS}
+    low = LowRank(t=change["t"], parts=left.parts, spec=left.spec) if "t" in change else None
+    rest = {name: value for name, value in change.items() if name in ("mode", "activation", "bias")}
+    with pytest.raises(ValueError, match=text):
+        lut_linear(change.get("x", torch.zeros(2, 30)), LutParts(**parts), spec, low=low, **rest)
 
 
-@pytest.mark.parametrize("spec", SPECS[:4], ids=str)
-def test_opcheck(spec: LutSpec) -> None:
-    _, parts = codes_and_parts(spec)
-    sizes = (spec.n, spec.k, spec.bits, spec.group, spec.table_rows, spec.zero, spec.unit)
-    arguments = (torch.randn(2, spec.k), parts.codes, parts.table, parts.scale, *sizes)
-    result = torch.library.opcheck(torch.ops.paredown.lut_linear.default, arguments)
-    assert set(result.values()) == {"SUCCESS"}
-
-
-@settings(max_examples=25)
-@given(spec=specs(), seed=st.integers(0, 9))
-def test_one_onnx_body_serves_every_form_in_onnxruntime(spec: LutSpec, seed: int) -> None:
-    codes, parts = codes_and_parts(spec, seed)
-    x = torch.randn(2, spec.k, generator=torch.Generator().manual_seed(seed))
-    weight, product = session(onnx_model(spec, parts)).run(None, {"x": x.numpy()})
-    assert np.array_equal(weight, slow_decode(spec, codes, parts))
-    np.testing.assert_allclose(product, reference(x, parts, spec).numpy(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_the_bodies_are_standard_onnx(spec: LutSpec) -> None:
-    codes, parts = codes_and_parts(spec)
-    model = onnx_model(spec, parts)
-    onnx.checker.check_model(model, full_check=True)
-    weight, _ = ReferenceEvaluator(model).run(None, {"x": np.ones((1, spec.k), np.float32)})
-    assert np.array_equal(weight, slow_decode(spec, codes, parts))
-
-
-def test_the_bodies_hold_only_operators_that_tensorrt_takes() -> None:
-    used = {node.op_type for op in ("LutDecode", "LutLinear") for node in onnx_function(op, 20).node}
-    taken = (
-        "Add Cast Concat Constant Div Equal Gather MatMul Mul Range ReduceSum Reshape Shape Slice Squeeze Sub "
-        "Transpose Unsqueeze Where"
-    )
-    assert used <= set(taken.split())
-
-
-def test_bodies_of_several_widths_run_in_one_onnxruntime_session() -> None:
-    models = [onnx.compose.add_prefix(onnx_model(s, codes_and_parts(s)[1]), f"{i}_") for i, s in enumerate(SPECS)]
-    merged = models[0]
-    for model in models[1:]:
-        merged.graph.node.extend(model.graph.node)
-        merged.graph.initializer.extend(model.graph.initializer)
-        merged.graph.output.append(model.graph.output[0])
-        merged.graph.input.extend(model.graph.input)
-    for node in merged.graph.node:
-        node.op_type, node.domain = node.op_type.split("_")[-1], DOMAIN
-    for function in merged.functions:
-        function.name, function.domain = function.name.split("_")[-1], DOMAIN
-    feeds = {f"{i}_x": np.ones((1, spec.k), np.float32) for i, spec in enumerate(SPECS)}
-    have = dict(zip([o.name for o in merged.graph.output], session(merged).run(None, feeds), strict=True))
-    for i, spec in enumerate(SPECS):
-        codes, parts = codes_and_parts(spec)
-        assert np.array_equal(have[f"{i}_W"], slow_decode(spec, codes, parts))
-
-
-def test_bad_tensors_are_named() -> None:
-    spec = SPECS[0]
-    _, parts = codes_and_parts(spec)
-    with pytest.raises(ValueError, match=r"x has 12 columns, the weight \(7, 13\) takes 13"):
-        lut_linear(torch.randn(2, 12), parts, spec)
-    with pytest.raises(ValueError, match=r"codes is torch.uint8 \(3,\), must be torch.uint8 \(36,\)"):
-        lut_linear(torch.randn(2, 13), LutParts(codes=parts.codes[:3], table=parts.table, scale=parts.scale), spec)
-    with pytest.raises(
-        ValueError, match=r"table is torch.int8 \(1, 8\), must be torch.uint8 or torch.float16 \(1, 8\)"
-    ):
-        lut_linear(
-            torch.randn(2, 13), LutParts(codes=parts.codes, table=parts.table.to(torch.int8), scale=parts.scale), spec
-        )
-    with pytest.raises(ValueError, match=r"activations of torch.int64 are not floating point"):
-        lut_linear(torch.ones(2, 13, dtype=torch.int64), parts, spec)
-    assert supports(spec, torch.float16) == ""
-
-
-def test_bad_specs_are_named() -> None:
+def test_bad_weights_are_named() -> None:
     with pytest.raises(ValueError, match="bits=9 is out of range; use 1 to 8"):
         LutSpec(n=1, k=1, bits=9)
     with pytest.raises(ValueError, match=r"\(0, 1\), group=0, table_rows=0 is no weight"):
         LutSpec(n=0, k=1, bits=4)
+    weight = case(SPECS[1])
+    with pytest.raises(ValueError, match="a low-rank term needs both factors: left and right"):
+        LutLinear(weight.parts, SPECS[1], right=nn.Linear(30, 2))
