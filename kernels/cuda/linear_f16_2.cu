@@ -1,0 +1,3 @@
+#include "linear.cuh"
+
+PD_LINEAR_KERNELS(KindF16, f16, 2)
