@@ -35,6 +35,7 @@ class Request:
     dims: tuple[str, ...] = ()
     min_seconds: float = 1.0
     seed: int = 0
+    no_kernels: bool = False
     out: Path | None = None
 
 
@@ -56,6 +57,7 @@ def run(request: Request, progress: Progress) -> list[edge.Row]:
         dims=dict(_dim(text) for text in request.dims),
         min_seconds=request.min_seconds,
         seed=request.seed,
+        kernels=not request.no_kernels,
     )
     progress.stage("benchmark")
     rows = edge.run(request.artifacts, spec, onnx.open, _stepper(progress))

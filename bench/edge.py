@@ -35,8 +35,8 @@ class Spec:
     max_seconds: float = 60.0
     warmup_seconds: float = 3.0
     seed: int = 0
-    runtime: str = "onnxruntime"
     exact: bool = False
+    kernels: bool = True
     peak_rss: bool = True
     dims: Mapping[str, int] = field(default_factory=dict)
     feeds: MakeFeeds | None = None
@@ -65,7 +65,8 @@ class Row:
 
     `ratio_to_baseline` is latency over the first artifact's latency: below 1 is faster. `ci95` is the interval of the
     p50 in ms. `throughput_per_s` counts samples (batch x runs) over the time spent inside the runs. `stable` is False
-    where the warm-up ran out of time before latencies settled; `waited` is the share of time without a core.
+    where the warm-up ran out of time before latencies settled; `waited` is the share of time without a core. `runtime`
+    is the runner's name, which says whether our kernels computed packed layers.
     """
 
     artifact: str
@@ -113,7 +114,7 @@ def run(artifacts: Sequence[Path], spec: Spec, open_: Open, progress: Progress =
     rows: list[Row] = []
     cells = len(spec.threads) * len(spec.batch)
     for threads in spec.threads:
-        options = RunnerOptions(threads=threads, exact=spec.exact)
+        options = RunnerOptions(threads=threads, exact=spec.exact, kernels=spec.kernels)
         cell = _Cell(spec=spec, options=options, paths=tuple(artifacts), open_=open_)
         runners = [open_(path, options) for path in artifacts]
         for batch in spec.batch:
@@ -142,10 +143,10 @@ def _measure(cell: _Cell, runners: Sequence[Runner], batch: int) -> list[Row]:
     calls = [_call(runner, feed) for runner, feed in zip(runners, feeds, strict=True)]
     samples = sample(calls, cell.spec.sampling(cell.options.threads, batch))
     peaks = [_peak(cell, path, feed) for path, feed in zip(cell.paths, feeds, strict=True)]
-    return [_row(cell, (batch, index), samples, peaks[index]) for index in range(len(runners))]
+    return [_row(cell, runner, (batch, index), samples, peaks[index]) for index, runner in enumerate(runners)]
 
 
-def _row(cell: _Cell, place: tuple[int, int], samples: Samples, peak: int | None) -> Row:
+def _row(cell: _Cell, runner: Runner, place: tuple[int, int], samples: Samples, peak: int | None) -> Row:
     batch, index = place
     seconds, baseline = samples.seconds[index], samples.seconds[0]
     p50, p90, p99 = (float(value) for value in np.percentile(seconds, [50, 90, 99]) * 1e3)
@@ -153,7 +154,7 @@ def _row(cell: _Cell, place: tuple[int, int], samples: Samples, peak: int | None
     interval = intervals.median_interval(seconds, rng)
     return Row(
         artifact=_names(cell.paths)[index],
-        runtime=cell.spec.runtime,
+        runtime=runner.name,
         batch=batch,
         threads=cell.options.threads,
         latency_ms_p50=p50,

@@ -1,7 +1,8 @@
 """Export to ONNX, and run the file in onnxruntime.
 
-One file runs anywhere: compressed weights stay packed as inputs of `paredown::LutLinear` and `paredown::LutDecode`,
-whose portable bodies are functions in the file. Its bytes depend on the model and the options only.
+One file runs anywhere: compressed weights stay packed as inputs of the operators of `kernels/onnx_ops.py`, whose
+portable bodies are functions in the file, and `open` gives onnxruntime our kernels for them where they were built. The
+bytes of a file depend on the model and the options only.
 
 A process that only opens a file imports neither torch nor onnx (its peak memory is measured).
 """
@@ -51,6 +52,21 @@ def export(model: Model, path: Path, options: Options | None = None) -> None:
     from .onnx_file import write
 
     write(model, path, options or Options())
+
+
+def modes(path: Path, model: Model) -> dict[str, str]:
+    """Return how each weight of a model computes in its file: exact, int8 dynamic, int8, decoded or dense."""
+    from ..optimizer import activations
+    from .onnx_modes import modes as modes_of
+
+    return {**modes_of(path, model, activations.layers(model))}
+
+
+def kernels() -> str:
+    """Return the instruction sets of the kernels that `open` gives to files, "" where they are not built."""
+    from .onnx_runner import kernels as state
+
+    return state()
 
 
 def open(path: Path, options: RunnerOptions | None = None) -> OnnxRunner:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.optimizer import fold_constants_ir
 
-from ..kernels.lut_linear import DOMAIN
+from ..kernels.onnx_ops import DOMAIN
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
 from .onnx_qdq import place
@@ -30,7 +30,7 @@ def write(model: Model, path: Path, options: Options) -> None:
     example = options.example or model.examples(2)
     graph = trace(model.module(), model.inputs, example, options.opset)
     place(graph.graph, model)
-    replace_weights(graph, model.weights, model.layouts, model.aliases())
+    replace_weights(graph.graph, model)
     _clean(graph)
     name_outputs(graph.graph)
     add_functions(graph)

@@ -30,6 +30,7 @@ class Search:
     """How to look: the inputs that show the difference, what is allowed, and which output exceeds it."""
 
     open_: Open
+    options: RunnerOptions
     inputs: tuple[Tensor, ...]
     limit: float
     output: int
@@ -135,7 +136,7 @@ class _Probe:
             beside.write_bytes(probe.SerializeToString())
             names = [spec.name for spec in self.model.inputs]
             feeds = {key: value.numpy() for key, value in zip(names, self.search.inputs, strict=True)}
-            return self.search.open_(beside, RunnerOptions(exact=True)).run(feeds)[name]
+            return self.search.open_(beside, self.search.options).run(feeds)[name]
         finally:
             beside.unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from onnxscript import opset18
 from torch import Tensor
 
+from ..optimizer import activations_dynamic
 from ..optimizer.activations_graph import MIDDLE, has_codes
 from ..optimizer.activations_grid import CODES, operators
 from ..optimizer.model import Model
@@ -26,7 +27,10 @@ from ..optimizer.weight import Layout, Uniform
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return how torch's exporter writes `fake_quantize` and `requantize`."""
+    """Return how torch's exporter writes the operators of int8 activations.
+
+    Those of dynamic ones stay as an Identity: the operator of the layer rounds (`onnx_linear`).
+    """
 
     op: Any = opset18  # its types know arrays and not what a trace passes
 
@@ -39,7 +43,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def requantize(x: Any, scale: float, zero: int, signed: bool, unit: Any, axis: int) -> Any:
         return pair(x, scale, zero, signed)
 
-    return dict(zip(operators(), (pair, requantize), strict=True))
+    def mark(x: Any, *settings: Any) -> Any:
+        return op.Identity(x)
+
+    known = dict(zip(operators(), (pair, requantize), strict=True))
+    return known | dict.fromkeys(activations_dynamic.operators(), mark)
 
 
 def place(graph: ir.Graph, model: Model) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,26 +11,33 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
+from ..kernels import native
 from ..optimizer.errors import ExportError, InputError
+from .onnx_session import session_options
 from .runner import RunnerOptions
 
 if TYPE_CHECKING:
     from ..optimizer.model import InputSpec
 
+OPERATORS = re.compile(rb"Lut(Planes)?Linear|LutGather")
+"""What `kernels/onnx_ops.py` calls the operators that the library has; that module imports torch."""
 NUMPY_NAMES = {"float": "float32", "double": "float64"}
 """onnxruntime's names of types that numpy calls otherwise."""
 
 
 class OnnxRunner:
-    """An ONNX file in a session; `outputs` are the names that `run` returns, in the order of the file."""
+    """An ONNX file in a session; `outputs` are the names that `run` returns, in the order of the file.
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self._session = session
+    name: "onnxruntime", and how packed layers run where the file has them: "with kernels" or "without kernels".
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, name: str = "onnxruntime") -> None:
+        self._session, self._name = session, name
         self._outputs = tuple(str(value.name) for value in session.get_outputs())
 
     @property
     def name(self) -> str:
-        return "onnxruntime"
+        return self._name
 
     @property
     def inputs(self) -> Sequence[InputSpec]:
@@ -70,9 +79,10 @@ def load(path: Path, options: RunnerOptions) -> OnnxRunner:
 
     exact: onnxruntime's kernels for low bits otherwise round activations to int8 (0.5 % error, onnxruntime 1.31).
     """
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level, settings.inter_op_num_threads = 4, 1
-    settings.intra_op_num_threads = options.threads
+    packed = has_packed_layers(path)
+    library = kernel_library() if packed and options.kernels else None
+    settings = session_options(threads=options.threads, library=library)
+    settings.log_severity_level = 4
     # Threads that spin after a run would slow down whatever alternates with this session in one process.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.exact:
@@ -85,7 +95,26 @@ def load(path: Path, options: RunnerOptions) -> OnnxRunner:
             where=path.name,
             fix="bfloat16 and opsets above 25 need another runtime; else export it again",
         ) from error
-    return OnnxRunner(session)
+    extra = f" {'with' if library else 'without'} kernels" if packed else ""
+    return OnnxRunner(session, f"onnxruntime{extra}")
+
+
+def has_packed_layers(path: Path) -> bool:
+    """Return whether a file has operators that our library computes; it is not parsed, which would need onnx."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return OPERATORS.search(content) is not None
+
+
+def kernel_library() -> Path | None:
+    """Return our library for onnxruntime, None where it was not built."""
+    return native.ort_library() if native.available() else None
+
+
+def kernels() -> str:
+    """Return the instruction sets of our kernels that this processor runs, "" where they were not built."""
+    return ", ".join(native.isas()) if native.available() else ""
 
 
 def _dtype(value: onnxruntime.NodeArg) -> str:

@@ -17,10 +17,15 @@ if TYPE_CHECKING:  # optimizer.model imports torch, which a process that only ru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerOptions:
-    """How a file is opened. `threads` 0 = the runtime's default; `exact` = the runtime's most exact kernels."""
+    """How a file is opened.
+
+    threads: 0 = the runtime's default. exact: the runtime's most exact kernels. kernels: our library, where it was
+    built, for the operators that it has; without it a file's portable bodies run.
+    """
 
     threads: int = 0
     exact: bool = False
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         if self.threads < 0:

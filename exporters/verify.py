@@ -28,7 +28,7 @@ TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest |a - b| / max |a| by the narrowest dtype of the weights: some 10 steps of its mantissa."""
 TOLERANCE_FLOAT32 = 1e-4
 TOLERANCE_INT8 = 2e-2
-"""With int8 activations: a sum that two roundings see on two sides of a half moves a code, and codes behind it."""
+"""With int8 activations: a value that two roundings see on two sides of a half moves a code, and codes behind it."""
 LEAST_AGREEMENT = 0.995
 """Part of the rows whose argmax int8 activations must keep, of outputs of `ENOUGH_ROWS` rows or more."""
 ENOUGH_ROWS = 200
@@ -39,12 +39,14 @@ class Spec:
     """How a file is compared: batch sizes, and a tolerance `rel` (None: by the dtype of the weights).
 
     inputs: real inputs, one tensor per input of the model, of which the first rows are used; seeded ones without it.
+    kernels: whether our library computes the operators that it has.
     """
 
     batches: tuple[int, ...] = (1, 3)
     rel: float | None = None
     inputs: tuple[Tensor, ...] = ()
     seed: int = 0
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
@@ -104,7 +106,8 @@ def judge(rows: Sequence[Row], path: Path, limit: float) -> None:
 
 def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
     """Return one row per batch size, the first bad one with its first bad layer."""
-    module, runner, limit = model.module(), open_(path, RunnerOptions(exact=True)), tolerance(model, spec)
+    options = RunnerOptions(exact=True, kernels=spec.kernels)
+    module, runner, limit = model.module(), open_(path, options), tolerance(model, spec)
     rows: list[Row] = []
     floats = onnx_integer.check(path, activations.layers(model)).floats if model.acts and path.suffix == ".onnx" else ()
     for batch in _batches(model, spec):
@@ -117,9 +120,9 @@ def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
         row = _row(runner.name, batch, want, have)
         bad = [i for i, pair in enumerate(zip(want, have, strict=True)) if not difference(*pair)[1] <= limit]
         if bad and path.suffix == ".onnx" and all(known.first_bad_layer is None for known in rows):
-            search = Search(open_=open_, inputs=inputs, limit=limit, output=bad[0])
+            search = Search(open_=open_, options=options, inputs=inputs, limit=limit, output=bad[0])
             row = replace(row, first_bad_layer=first_bad_layer(model, path, search))
-        agreement = LEAST_AGREEMENT if model.acts and _enough(want) else None
+        agreement = LEAST_AGREEMENT if _rounds(model) and _enough(want) else None
         size = artifact_bytes(path)
         rows.append(replace(row, size_bytes=size, agreement_limit=agreement, float_operators=floats))
     return rows
@@ -130,8 +133,12 @@ def tolerance(model: Model, spec: Spec) -> float:
     if spec.rel is not None:
         return spec.rel
     dtypes = {w.values.dtype if isinstance(w, Dense) else w.dtype for w in model.weights.values()}
-    least = TOLERANCE_INT8 if model.acts else TOLERANCE_FLOAT32
+    least = TOLERANCE_INT8 if _rounds(model) else TOLERANCE_FLOAT32
     return max([least, *(TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE)])
+
+
+def _rounds(model: Model) -> bool:
+    return bool(model.acts or model.dynamic)
 
 
 def artifact_bytes(path: Path) -> int:

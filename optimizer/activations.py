@@ -40,10 +40,15 @@ def check(decisions: Sequence[Decision]) -> None:
         )
 
 
-def check_none(model: Model) -> None:
-    """Raise RecipeError where activations have grids already."""
+def check_none(model: Model, asked: str) -> None:
+    """Raise RecipeError where activations have grids already, or would have them beside inputs rounded at run time."""
     if model.acts:
         raise RecipeError("activations are quantized already", fix="ask for activations: int8 in the last step")
+    if model.dynamic and asked == "int8":
+        raise RecipeError(
+            "activations: int8 does not go with activations: dynamic of an earlier step",
+            fix="use one of them in every step; int8 is for convolutions, dynamic for linear layers",
+        )
 
 
 def apply(model: Model, batches: Sequence[Batch], rule: Rule) -> tuple[Model, tuple[str, ...]]:

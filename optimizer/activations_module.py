@@ -1,4 +1,4 @@
-"""A module that computes with activations on their grids: the network's graph with `fake_quantize` in it.
+"""A module that computes with int8 activations: the network's graph with `fake_quantize` or `round_inputs` in it.
 
 Behind an int8 layer stands `requantize` instead: torch then gives what integer kernels give, code by code.
 """
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from .activations_dynamic import insert
 from .activations_graph import channel_axis, int8_sites, rectified
 from .activations_grid import operators
 from .activations_names import value_names
@@ -25,16 +26,18 @@ Dims: TypeAlias = tuple[dict[int, Any], ...]
 
 
 def quantized(module: nn.Module, model: Model) -> nn.Module:
-    """Return a module that computes as `module` does, with each value that `model.acts` names put on its grid.
+    """Return a module that computes as `module` does, with int8 activations where `model` has them.
 
-    Its named dimensions stay free, and its parameters and buffers keep their canonical names.
+    Each value that `model.acts` names is put on its grid, inputs of the layers in `model.dynamic` are rounded. Named
+    dimensions stay free, and parameters and buffers keep their canonical names.
     Raises InputError where a name means no value of the graph.
     """
     captured = dynamic_graph(module, model)
     lifted = captured.program.module(check_guards=False)
     assert isinstance(lifted, fx.GraphModule)
     follow_writes(lifted.graph)
-    held = _insert(lifted.graph, model, _Sums.of(captured, model))
+    held = _insert(lifted.graph, model, _Sums.of(captured, model)) if model.acts else {}
+    held |= insert(lifted.graph, captured, model)
     return _rebuilt(lifted, held, module, model)
 
 

@@ -140,11 +140,12 @@ def export(folder: Path, target: str, out: Path | None, force: bool) -> None:
 @cli.command()
 @click.argument("folder", type=_PATH)
 @click.option("--runtime", default="onnxruntime", show_default=True, help="Where to run the artifact.")
-def verify(folder: Path, runtime: str) -> None:
+@click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
+def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
     """Compare the exported artifact of a folder with the stored model, output by output."""
     from . import run as runs
 
-    for line in runs.verify(folder, runtime):
+    for line in runs.verify(folder, runtime, kernels=not no_kernels):
         click.echo(line)
 
 
@@ -156,6 +157,7 @@ def verify(folder: Path, runtime: str) -> None:
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a named dimension.")
 @click.option("--min-seconds", type=float, default=1.0, show_default=True, help="Least measuring time of each.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
+@click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
 @click.option("--out", type=_PATH, help="Folder for bench.json and bench.csv.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
     """Time artifacts against the first of them, interleaved in one process."""
@@ -205,9 +207,10 @@ def demo(out: Path) -> None:
 @cli.command()
 def doctor() -> None:
     """Say what this machine has, what works on it, and how to mend what does not."""
+    from ..exporters.onnx_session import session_options
     from . import doctor as doctors
 
-    for line in doctors.examine():
+    for line in doctors.examine(lambda library: session_options(library=library)):
         click.echo(line)
 
 

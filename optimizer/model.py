@@ -98,6 +98,8 @@ class Model:
     layouts   the same names -> how the matrix lies in the parameter
     tensors   every other parameter and persistent buffer, and any other buffer that a pass has changed
     edits     how the skeleton differs from what `source` builds, in order
+    acts      name of a value (`activations_names`) -> its int8 grid
+    dynamic   the weights whose layers round their inputs to int8 at run time (`activations_dynamic`)
     """
 
     skeleton: nn.Module
@@ -108,6 +110,7 @@ class Model:
     source: Source
     acts: Mapping[str, ActQuant] = field(default_factory=lambda: MappingProxyType({}))
     edits: tuple[Edit, ...] = ()
+    dynamic: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("weights", "layouts", "tensors", "acts"):
@@ -117,11 +120,17 @@ class Model:
         """Return a fresh runnable module in evaluation mode that shares no memory with this value."""
         module = copy.deepcopy(self.skeleton)
         fill(module, self.values())
-        if not self.acts:
+        if not self.acts and not self.dynamic:
             return module.eval()
         from .activations_module import quantized
 
         return quantized(module, self)
+
+    def packed_module(self) -> nn.Module:
+        """Return such a module whose linear layers and embeddings compute from codes (`packed_module`)."""
+        from .packed_module import packed_module
+
+        return packed_module(self)
 
     def values(self) -> dict[str, Tensor]:
         """Return every parameter and buffer by canonical name, weights decoded."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import activations, correct, fold, residual, tree
+from . import activations, activations_dynamic, correct, fold, residual, tree
 from .activations_range import Range, Rule
 from .codes import Format
 from .data import Calibration, rebatch, split
@@ -53,7 +53,8 @@ class Spec:
     reestimate: match the spread of folded normalizations too. Both corrections are kept only where the part
     `held_out` of the calibration data, which nothing else sees, has a smaller output error with them.
     activations: "int8" lets layers of 8-bit uniform weights compute in integers, on grids of their inputs and outputs
-    whose ends `range` and `percentile` choose (`activations_range.Rule`).
+    whose ends `range` and `percentile` choose (`activations_range.Rule`); "dynamic" lets linear layers round their
+    inputs at run time, each run of 128 by its largest value.
     """
 
     quantizer: str = "lnq"
@@ -65,7 +66,7 @@ class Spec:
     correct_bias: bool = True
     reestimate: bool = True
     held_out: float = 0.125
-    activations: Literal["float", "int8"] = "float"
+    activations: Literal["float", "int8", "dynamic"] = "float"
     range: Range = "minmax"
     percentile: float = 99.99
 
@@ -125,14 +126,17 @@ def plan(model: Model, spec: Spec, extras: tuple[Any, ...], ground: Ground) -> t
         decisions.append(Decision(layer=name, method=quantizer, spec=layer_spec))
     if spec.activations == "int8":
         activations.check(decisions)
+    if spec.activations == "dynamic":
+        return activations_dynamic.mark(decisions, uses)
     return tuple(decisions)
 
 
 def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: Calibration, hooks: Hooks) -> Result:
     """Return the quantized model; a part of the calibration data is held out to judge corrections."""
-    activations.check_none(model)
+    activations.check_none(model, spec.activations)
+    exact = replace(model, dynamic=frozenset())
     fit, held = (rebatch(part, MICRO_BATCH) for part in split(calibration, spec.held_out, hooks.seed))
-    folded = _fold(model, decisions, trace(model.module(), fit.batches[:1]).graph) if spec.fold_norm else model
+    folded = _fold(exact, decisions, trace(exact.module(), fit.batches[:1]).graph) if spec.fold_norm else exact
     module = folded.module()
     traced = trace(module, fit.batches)
     quantized = _quantize(folded, decisions, traced, hooks)
@@ -142,7 +146,11 @@ def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: 
         data = correct.Data(fit=traced, held_out=trace(module, held.batches))
         corrected, notes = correct.choose(folded, quantized.model, data, kinds)
         quantized = replace(quantized, model=corrected, notes=(*quantized.notes, *notes))
-    if spec.activations == "float":
+    quantized = replace(quantized, model=replace(quantized.model, dynamic=model.dynamic))
+    if any(decision.activations == "dynamic" for decision in decisions):
+        rounding, notes = activations_dynamic.apply(quantized.model, decisions, traced.graph)
+        return replace(quantized, model=rounding, notes=(*quantized.notes, *notes))
+    if spec.activations != "int8":
         return quantized
     hooks.progress(1, 1, "ranges of activations")
     acting, notes = activations.apply(quantized.model, fit.batches, Rule(range=spec.range, percentile=spec.percentile))
@@ -154,7 +162,8 @@ def describe(decision: Decision) -> dict[str, Any]:
     if not decision.method:
         return {"keep": decision.reason}
     fields = {key: value for key, value in _flat(decision.spec).items() if (key, value) != ("residual", None)}
-    return {"quantizer": decision.method, **fields}
+    rounded = {"activations": "dynamic"} if decision.activations == "dynamic" else {}
+    return {"quantizer": decision.method, **rounded, **fields}
 
 
 def restore(layer: str, data: Mapping[str, Any]) -> Decision:
@@ -162,16 +171,19 @@ def restore(layer: str, data: Mapping[str, Any]) -> Decision:
     if "keep" in data:
         return Decision(layer=layer, reason=str(data["keep"]))
     name = str(data.get("quantizer", ""))
-    spec = _changed(
-        quantizer_module(name).Spec(format=Format()), {k: v for k, v in data.items() if k != "quantizer"}, layer
-    )
-    return Decision(layer=layer, method=name, spec=spec)
+    fields = {key: value for key, value in data.items() if key not in ("quantizer", "activations")}
+    spec = _changed(quantizer_module(name).Spec(format=Format()), fields, layer)
+    activations = data.get("activations", "float")
+    if activations not in ("float", "dynamic"):
+        raise RecipeError(f'activations="{activations}" is not supported', where=layer, fix="use float or dynamic")
+    return Decision(layer=layer, method=name, spec=spec, activations=activations)
 
 
 def shown(decision: Decision) -> str:
     """Return a decision in a few words."""
     extra = getattr(decision.spec.format, "residual", None)
-    return f"{decision.method}, {decision.spec.format.bits} bits" + (f" + rank {extra.rank}" if extra else "")
+    shown = f"{decision.method}, {decision.spec.format.bits} bits" + (f" + rank {extra.rank}" if extra else "")
+    return shown + (", inputs int8" if decision.activations == "dynamic" else "")
 
 
 def _quantize(model: Model, decisions: Sequence[Decision], traced: Traced, hooks: Hooks) -> Result:

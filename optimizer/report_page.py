@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from . import report_chart as chart
 from . import report_format as fmt
-from .report_summary import Line, Pair, Tone, lines, pairs, widths
+from .report_summary import Line, Pair, Tone, computing, lines, pairs, widths
 from .report_value import Report, at, decision, interval, is_fraction, layer_name, number, rows, text
 from .verdict import comparisons, condition, headline, reason_when_slower, speed
 
@@ -66,6 +66,7 @@ def _view(report: Report) -> dict[str, object]:
         "summary": summary,
         "cards": _cards(summary),
         "charts": _charts(report),
+        "computing": computing(report),
         "layers": [_layer(layer, layers) for layer in layers],
         "layer_columns": {key for key in ("rank", "channels_kept", "mode") if any(text(row, key) for row in layers)},
         "widths": widths(layers),

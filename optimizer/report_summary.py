@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -11,6 +11,11 @@ from . import report_format as fmt
 from .report_value import Interval, Report, interval, is_fraction, number, rows, text, weights
 from .verdict import EQUAL_WITHIN, condition
 
+LONG_MODES = {
+    "decoded": "decoded to floats at load",
+    "exact": "packed (exact)",
+    "int8 dynamic": "packed (int8 dynamic)",
+}
 Tone: TypeAlias = Literal["good", "bad", "same"]
 
 
@@ -76,6 +81,18 @@ def widths(layers: Sequence[Report]) -> list[Width]:
     total = sum(weights(layer) or 0 for layer in layers)
     ordered = sorted(groups, key=lambda bits: -1.0 if bits is None else bits, reverse=True)
     return [_width(bits, groups[bits], total) for bits in ordered]
+
+
+def computing(report: Report) -> str:
+    """Return one sentence: how many layers compute how, and with which kernels; "" where no file says it."""
+    counts = Counter(mode for row in rows(report, "layers") if (mode := text(row, "mode")))
+    if not counts:
+        return ""
+    found = ", ".join(f"{count} {LONG_MODES.get(mode, mode)}" for mode, count in counts.most_common())
+    packed = bool(counts.keys() & {"exact", "int8 dynamic"})
+    kernels = text(report, "environment", "kernels")
+    told = f"; kernels: {kernels or 'none, the portable bodies of the file ran'}" if packed else ""
+    return f"Layers: {found}{told}."
 
 
 def _width(bits: float | None, layers: Sequence[Report], total: int) -> Width:

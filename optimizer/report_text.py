@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import report_format as fmt
-from .report_summary import Line, lines, widths
+from .report_summary import Line, computing, lines, widths
 from .report_value import Report, at, decision, layer_name, number, rows, text
 from .verdict import headline, reason_when_slower, speed
 
@@ -26,6 +26,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(escape(speed(rows(report, "bench"), reason_when_slower(report))), highlight=False)
     if text(report, "environment", "bench_caution"):
         console.print(f"[yellow]{escape(text(report, 'environment', 'bench_caution'))}[/yellow]", highlight=False)
+    if computing(report):
+        console.print(escape(computing(report)), highlight=False)
     for table in (_summary(report), _widths(report), _layers(report), _decisions(report), _verify(report)):
         if table.row_count:
             console.print()

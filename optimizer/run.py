@@ -140,7 +140,7 @@ class _Run:
             "baseline": summary.sizes(job.model, job.graph, before, self.recipe.seed),
             "steps": steps,
             "layers": summary.layer_rows(model, layers),
-            "decisions": _decision_rows(job, planned) + notes,
+            "decisions": summary.decision_rows(planned, planning.without_feedback(job, planned)) + notes,
         }
         failure = self._artifacts(job, model, before, parts)
         parts["seconds"] = time.monotonic() - started
@@ -163,10 +163,10 @@ class _Run:
             self.reporter.stage(f"{step.name} ({index + 1} of {len(planned)})")
             model, done = self._step(job, model, mark, (step, decisions))
             rows.append({"step": step.name, "spec": recipes.show_step(step), **done["row"]})
-            layers = _merged(layers, [LayerResult(**item) for item in done["layers"]])
+            layers = summary.merged(layers, [LayerResult(**item) for item in done["layers"]])
             notes += [{"layer": "*", "kept": step.name, "reason": note} for note in done["notes"]]
         rest = [LayerResult(layer=name, error_rel=0.0, reason=UNTOUCHED) for name in model.weights]
-        return model, rows, _merged(layers, rest), notes
+        return model, rows, summary.merged(layers, rest), notes
 
     def _step(self, job: Job, model: Model, mark: str, planned: Planned) -> tuple[Model, dict[str, Any]]:
         known = self.work.get_model(mark)
@@ -218,6 +218,9 @@ class _Run:
             if self.recipe.gates.verify:
                 self.reporter.stage(f"verify {paths[-1].name}")
                 failure = failure or self._verify(job, model, paths[-1], parts)
+        if paths:
+            target = exporter(self.recipe.export[0])
+            summary.tell_modes(parts, model, target.modes(paths[0], model), target.kernels())
         if paths and failure is None:
             runner = artifact.as_module(exporter(self.recipe.export[0]).open(paths[0]), job)
             after = self._metric(f"measure {paths[0].name}", runner, artifact.mark(paths[0]))
@@ -281,7 +284,7 @@ class _Run:
         original = path.with_stem("baseline")
         self.reporter.stage("benchmark")
         bench = self.recipe.bench
-        spec = edge.Spec(batch=bench.batch, threads=bench.threads, runtime=bench.runtime, seed=self.recipe.seed)
+        spec = edge.Spec(batch=bench.batch, threads=bench.threads, seed=self.recipe.seed)
         rows = edge.run([original, path], spec, target.open, lambda share, text: self.reporter.update(share, 1, text))
         parts["bench"] = [row.report() for row in rows]
         parts["environment"]["bench_caution"] = compare.caution(rows)
@@ -312,25 +315,6 @@ def _planned(job: Job, options: Options) -> list[Planned]:
     if options.strict:
         planning.check_strict(planned)
     return planned
-
-
-def _merged(before: Sequence[LayerResult], now: Sequence[LayerResult]) -> list[LayerResult]:
-    """Return one result per layer over all steps: that of the step which compressed it, if one did."""
-    found = {result.layer: result for result in before}
-    for result in now:
-        if not result.reason or result.layer not in found:
-            found[result.layer] = result
-    return list(found.values())
-
-
-def _decision_rows(job: Job, planned: Sequence[Planned]) -> list[dict[str, Any]]:
-    taken = {decision.layer for _, decisions in planned for decision in decisions if decision.method}
-    made = [(step, d) for step, decisions in planned for d in decisions if d.method]
-    kept = {d.layer: (step, d) for step, decisions in planned for d in decisions if d.layer not in taken}
-    rows = [summary.decision_row(step, decision) for step, decision in (*made, *kept.values())]
-    reason = "an embedding looks rows up, so that there is no error to feed back"
-    lacking = planning.without_feedback(job, planned)
-    return rows + [{"layer": layer, "fallback": "without error feedback", "reason": reason} for layer in lacking]
 
 
 def _foreign_code(step: Step, decisions: Sequence[Decision]) -> list[str]:
@@ -377,8 +361,11 @@ def export(folder: Path, target: str, out: Path | None, *, force: bool) -> Path:
     return path
 
 
-def verify(folder: Path, runtime: str) -> list[str]:
-    """Compare the exported artifact of a folder with its stored model; return a line per batch size."""
+def verify(folder: Path, runtime: str, *, kernels: bool = True) -> list[str]:
+    """Compare the exported artifact of a folder with its stored model; return a line per batch size.
+
+    kernels: False runs the portable bodies of the file even where our library is built.
+    """
     from ..exporters import verify as comparison
 
     if runtime not in RUNTIMES:
@@ -388,7 +375,8 @@ def verify(folder: Path, runtime: str) -> list[str]:
     model = store.load(folder)
     if not path.is_file():
         raise InputError("is missing", where=str(path), fix=f"run optimize export {folder}")
-    rows = comparison.verify(model, path, exporter("onnx").open, comparison.Spec(inputs=artifact.examples(model)))
+    spec = comparison.Spec(inputs=artifact.examples(model), kernels=kernels)
+    rows = comparison.verify(model, path, exporter("onnx").open, spec)
     return [
         f"{row.runtime} batch {row.batch}: relative {row.rel:.1e}, max {row.max_abs:.1e}, first bad layer: none"
         for row in rows

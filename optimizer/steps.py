@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,12 +26,16 @@ from .weight import Weight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What a step does to one layer: a method (quantizer, criterion, ...) with its spec, or nothing and why."""
+    """What a step does to one layer: a method (quantizer, criterion, ...) with its spec, or nothing and why.
+
+    activations: "dynamic" where the layer is asked to round its inputs to int8 at run time.
+    """
 
     layer: str
     method: str = ""
     spec: Any = None
     reason: str = ""
+    activations: Literal["float", "dynamic"] = "float"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -22,6 +22,7 @@ from .checkpoint import read_safetensors
 from .entry import build_module, resolve_from_files
 from .errors import InputError
 from .model import ActQuant, InputSpec, Model, Source, SourceFile, skeleton_of
+from .packed import int8_refusal
 from .weight import Dense, Layout, Weight, rebuild
 
 SCHEMA = "paredown.model/1"
@@ -85,6 +86,7 @@ def describe(model: Model) -> dict[str, Any]:
         },
         "tensors": sorted(model.tensors),
         "acts": {name: dataclasses.asdict(act) for name, act in model.acts.items()},
+        "dynamic": sorted(model.dynamic),
     }
 
 
@@ -127,7 +129,17 @@ def _assemble(
         source=source,
         acts={name: ActQuant(**act) for name, act in data["acts"].items()},
         edits=tuple(data["edits"]),
+        dynamic=_dynamic(data, weights),
     )
+
+
+def _dynamic(data: Mapping[str, Any], weights: Mapping[str, Weight]) -> frozenset[str]:
+    """Return the layers that round their inputs; folders of version 0.1 name none."""
+    found = frozenset(data.get("dynamic", ()))
+    for name in sorted(found):
+        if name not in weights or int8_refusal(weights[name]):
+            raise ValueError(f'"{name}" cannot take inputs of int8')
+    return found
 
 
 def _source(folder: Path, data: Mapping[str, Any]) -> Source:

@@ -9,13 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
-from . import activations, cost
+from . import activations, cost, packed
 from .graph import Graph
 from .metric import Metric
 from .model import Model
 from .recipe import Step, step_module
 from .steps import Decision, LayerResult
 from .weight import Codebook, Dense, LowRank, Sum, Uniform, Weight, format_name
+
+NO_KERNELS = {
+    "fallback": "portable bodies",
+    "reason": "the kernels for packed weights are not built here (optimize doctor says how to mend it), so that every "
+    "layer is decoded to floats",
+}
 
 
 def bits_per_weight(model: Model) -> float | None:
@@ -35,6 +41,15 @@ def sizes(model: Model, graph: Graph, metric: Metric | None, seed: int) -> dict[
     }
 
 
+def merged(before: Sequence[LayerResult], now: Sequence[LayerResult]) -> list[LayerResult]:
+    """Return one result per layer over all steps: that of the step which compressed it, if one did."""
+    found = {result.layer: result for result in before}
+    for result in now:
+        if not result.reason or result.layer not in found:
+            found[result.layer] = result
+    return list(found.values())
+
+
 def layer_rows(model: Model, results: Sequence[LayerResult]) -> list[dict[str, Any]]:
     rows, integers = [], activations.layers(model)
     for result in results:
@@ -49,10 +64,39 @@ def layer_rows(model: Model, results: Sequence[LayerResult]) -> list[dict[str, A
                 "bits": _bits(weight),
                 "size_bytes": weight.bits() // 8,
                 "error_rel": result.error_rel,
-                "mode": "int8" if result.layer in integers else "float" if _is_float(weight) else "decoded to float",
+                "mode": "int8" if result.layer in integers else _planned_mode(model, result.layer),
             }
         )
     return rows
+
+
+def tell_modes(parts: dict[str, Any], model: Model, modes: Mapping[str, str], kernels: str) -> None:
+    """Write into a report how layers compute in the exported file, why some are decoded, and the kernels there are."""
+    parts["environment"]["kernels"] = kernels or None
+    parts["layers"] = [row | {"mode": modes[row["name"]]} for row in parts["layers"]]
+    reasons = {
+        name: f"decoded to floats at load: {packed.decoded_because(model.weights[name], model.layouts[name])}"
+        for name, mode in modes.items()
+        if mode == "decoded"
+    }
+    rows = [_with_reason(row, reasons) for row in parts["decisions"]]
+    told = {row["layer"] for row in rows}
+    rows += [{"layer": name, "fallback": "floats", "reason": why} for name, why in reasons.items() if name not in told]
+    packs = any(mode in ("exact", "int8 dynamic") for mode in modes.values())
+    parts["decisions"] = [*rows, {"layer": "*", **NO_KERNELS}] if packs and not kernels else rows
+
+
+def _with_reason(row: Mapping[str, Any], reasons: Mapping[str, str]) -> dict[str, Any]:
+    if row["layer"] not in reasons or "kept" not in row:
+        return dict(row)
+    return {**row, "reason": f"{row['reason']}; {reasons[row['layer']]}"}
+
+
+def _planned_mode(model: Model, name: str) -> str | None:
+    """Return how a layer computes before any file says it; None: that depends on the file."""
+    if name in model.dynamic:
+        return "int8 dynamic"
+    return "dense" if _is_float(model.weights[name]) else None
 
 
 def _rank(weight: Weight) -> int | None:
@@ -85,6 +129,18 @@ def _is_float(weight: Weight) -> bool:
     )
 
 
+def decision_rows(
+    planned: Sequence[tuple[Step, Sequence[Decision]]], without_feedback: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return a row per layer that a step compresses, then one per layer that none does."""
+    taken = {decision.layer for _, decisions in planned for decision in decisions if decision.method}
+    made = [(step, d) for step, decisions in planned for d in decisions if d.method]
+    kept = {d.layer: (step, d) for step, decisions in planned for d in decisions if d.layer not in taken}
+    rows = [decision_row(step, decision) for step, decision in (*made, *kept.values())]
+    reason = "an embedding looks rows up, so that there is no error to feed back"
+    return rows + [{"layer": x, "fallback": "without error feedback", "reason": reason} for x in without_feedback]
+
+
 def decision_row(step: Step, decision: Decision) -> dict[str, Any]:
     if decision.method:
         return {"layer": decision.layer, "kept": step_module(step.name).shown(decision), "reason": "as the recipe says"}
@@ -95,8 +151,10 @@ def decision_row(step: Step, decision: Decision) -> dict[str, Any]:
 
 def why_slower(parts: Mapping[str, Any]) -> str:
     """Return the likeliest reason why a smaller file is slower, from the rows of its report."""
-    if any(row["mode"] == "decoded to float" for row in parts["layers"]):
-        return "a folded codebook runs at the speed of floats until low-bit kernels are registered"
+    if any(row.get("fallback") == NO_KERNELS["fallback"] for row in parts["decisions"]):
+        return NO_KERNELS["reason"]
+    if any(row["mode"] == "decoded" for row in parts["layers"]):
+        return "layers that are decoded to floats when the file is loaded run at the speed of floats"
     if any(row["step"] == "prune" for row in parts["steps"]):
         return "narrow convolutions are padded to 16 channels by many processors: prune with round_to: 16"
     return "the runtime has no faster form of these operators at this size"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from paredown.kernels import native
 from paredown.optimizer import errors
 from paredown.optimizer.cli import INTERRUPTED
 
@@ -93,8 +94,12 @@ def loosely(line: str) -> re.Pattern[str]:
 
 @pytest.mark.slow
 def test_the_tour(tmp_path: Path) -> None:
-    """Files are written, commands answer what the README shows but for the numbers, Python runs."""
-    for block in blocks(section("Tour")):
+    """Files are written, commands answer what the README shows but for the numbers, Python runs.
+
+    The kernels' section goes on in the same folder, where they were built.
+    """
+    shown = blocks(section("Tour")) + (blocks(section("Kernels")) if native.available() else [])
+    for block in shown:
         if block.file:
             path = tmp_path / block.file
             path.parent.mkdir(exist_ok=True)

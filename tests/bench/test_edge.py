@@ -59,6 +59,7 @@ def test_one_row_per_cell_with_the_keys_of_the_report(world: World) -> None:
     assert rows[0].report()["energy_j"] is None
     assert isinstance(rows[0].report()["ci95"], list)
     assert [options.threads for _, options in world.opened] == [1, 1, 2, 2]
+    assert all(options.kernels for _, options in world.opened)
 
 
 def test_all_artifacts_see_the_same_seeded_feeds(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ class Clock:
 
     now: float = 0.0
     log: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def __call__(self) -> float:
         return self.now
@@ -25,7 +27,8 @@ class Clock:
     def call(self, name: str, seconds: Callable[[int], float]) -> Callable[[], None]:
         def run() -> None:
             self.log.append(name)
-            self.now += seconds(self.log.count(name))
+            self.counts[name] += 1
+            self.now += seconds(self.counts[name])
 
         return run
 

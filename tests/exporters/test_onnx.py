@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 
 from paredown.exporters import onnx as target
 from paredown.exporters.runner import RunnerOptions
+from paredown.kernels.layout import codes_bytes
 from paredown.optimizer.errors import ExportError, InputError, RecipeError
 from paredown.optimizer.model import InputSpec, Model, Source, from_module
+from paredown.optimizer.packed import lut_spec
 from paredown.optimizer.weight import Codebook, Uniform
 
 BATCHES = (1, 3)
@@ -80,22 +82,37 @@ def test_weights_stay_packed(net: Any) -> None:
         if not isinstance(weight, Codebook | Uniform):
             continue
         assert name not in held
-        assert held[f"{name}.codes"].data_type == TensorProto.UINT8
-        assert numpy_helper.to_array(held[f"{name}.codes"]).nbytes == weight.tensors()["codes"].numel()
+        tiled = f"{name}.c16.codes" in held
+        assert tiled != (f"{name}.codes" in held)
+        codes, scale = (held[f"{name}.c16.{key}" if tiled else f"{name}.{key}"] for key in ("codes", "scale"))
+        wanted = codes_bytes(lut_spec(weight)) if tiled else weight.tensors()["codes"].numel()
+        assert codes.data_type == TensorProto.UINT8
+        assert numpy_helper.to_array(codes).nbytes == wanted
         assert held[f"{name}.table"].data_type in (TensorProto.UINT8, TensorProto.FLOAT16)
-        assert held[f"{name}.scale"].data_type == TensorProto.FLOAT16
+        assert scale.data_type == TensorProto.FLOAT16
     dense = [v for v in held.values() if v.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16) and ".dense" in v.name]
     assert not dense
 
 
-def test_linear_layers_are_one_operator_and_a_bias(exported: Callable[[str], Any]) -> None:
-    graph = onnx.load(exported("attention").path).graph
-    kinds = [node.op_type for node in graph.node]
-    assert kinds.count("LutLinear") == 7  # packed projection, its output, inner, back, head, pool, pool_plain
-    assert kinds.count("LutDecode") == 1  # the embedding
-    shared = [node for node in graph.node if "embedding.weight.codes" in node.input]
-    assert {node.op_type for node in shared} == {"LutDecode", "LutLinear"}
-    assert [f.name for f in onnx.load(exported("attention").path).functions] == ["LutDecode", "LutLinear"]
+def test_linear_layers_are_one_operator_with_bias_and_activation(exported: Callable[[str], Any]) -> None:
+    proto = onnx.load(exported("attention").path)
+    ours = {node.name: node for node in proto.graph.node if node.domain == "paredown"}
+    assert {name.rpartition("/")[0]: node.op_type for name, node in ours.items() if node.op_type != "LutGather"} == {
+        "attention": "LutLinear",  # the packed projection and its output
+        "inner": "LutLinearRelu",
+        "back": "LutLinear",
+        "head": "LutPlanesLinear",
+        "pool": "LutLinear",
+        "pool_plain": "LutPlanesLinear",
+    }
+    assert not [node for node in proto.graph.node if node.op_type in ("Gemm", "LutDecode", "Relu")]
+    shared = [node for node in ours.values() if "embedding.weight.c16.codes" in node.input]
+    assert sorted(node.op_type for node in shared) == ["LutGather", "LutPlanesLinear"]
+    biases = {name: node.input[4] for name, node in ours.items() if node.op_type != "LutGather"}
+    assert biases["inner/relu"] == "inner.bias"
+    assert biases["back/linear_3"] == "no_bias.float32"
+    used = sorted({node.op_type for node in ours.values()})
+    assert [f.name for f in proto.functions] == used == ["LutGather", "LutLinear", "LutLinearRelu", "LutPlanesLinear"]
 
 
 def test_a_dense_model_has_neither_operator(exported: Callable[[str], Any]) -> None:

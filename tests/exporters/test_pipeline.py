@@ -34,11 +34,10 @@ ALONE = {"gru", "lstm", "cells"}
 """Networks without a group: their hidden states are outputs."""
 FIXED = {"vision", "cells"}
 """Networks whose batch torch's trace for ONNX fixes: exported for one size."""
-QUICK = {
-    *("residual", "separable", "waves", "encoder_decoder", "squeeze_excite", "grouped", "detector", "gated"),
-    *("raw", "swiglu"),
-}
+QUICK = {"residual", "encoder_decoder", "squeeze_excite", "grouped", "raw", "swiglu"}
 """Networks of a second or two; the others are marked slow."""
+QUICK_INTEGER = {"encoder_decoder", "squeeze_excite", "grouped"}
+"""The same, for int8: between them transposed convolutions, floats between int8 layers, and groups."""
 CNNS = [net.name for net in NETS if net.file in ("convolutions", "features")]
 FLOATS = {
     "dense": ("BatchNormalization",),
@@ -53,8 +52,8 @@ MANY = 256
 """Samples whose argmax is compared."""
 
 
-def cases(names: Iterable[str]) -> list[Any]:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def cases(names: Iterable[str], quick: set[str] = QUICK) -> list[Any]:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def sites(name: str) -> list[tuple[str, str]]:
@@ -165,7 +164,7 @@ def agreements(want: Sequence[Tensor], have: Sequence[np.ndarray[Any, Any]]) -> 
     return shares
 
 
-@pytest.mark.parametrize("name", cases(CNNS))
+@pytest.mark.parametrize("name", cases(CNNS, QUICK_INTEGER))
 def test_every_convolutional_network_runs_in_integers_as_torch_computes_it(name: str, tmp_path: Path) -> None:
     """W8A8 of the pruned network. Of a few samples no rounding falls elsewhere, so errors are those of floats."""
     net, path = ZOO[name], tmp_path / "net.onnx"

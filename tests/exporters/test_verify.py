@@ -32,7 +32,7 @@ def test_every_net_passes_at_two_batch_sizes(net: Any) -> None:
     rows = verify(net.model, net.path, target.open)
     assert [row.batch for row in rows] == [1, 3]
     for row in rows:
-        assert row.runtime == "onnxruntime"
+        assert row.runtime.split()[0] == "onnxruntime"
         assert row.rel <= tolerance(net.model, Spec())
         assert row.size_bytes == net.path.stat().st_size
         assert row.first_bad_layer is None
@@ -43,11 +43,11 @@ def test_every_net_passes_at_two_batch_sizes(net: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "layer"),
     [
-        ("attention", "attention.in_proj_weight.scale", "attention (linear)"),
-        ("attention", "embedding.weight.scale", "embedding (embedding)"),
+        ("attention", "attention.in_proj_weight.c16.scale", "attention (linear)"),
+        ("attention", "embedding.weight.c16.scale", "embedding (embedding)"),
         ("convolutions", "up.weight.scale", "up (convolution)"),
         ("recurrent", "gru.weight_hh_l0_reverse.scale", "gru (getitem_3)"),
-        ("products", "second.weight.1.right.scale", "second (linear_1)"),
+        ("products", "second.weight.1.right.c16.scale", "second (linear_1)"),
         ("pair", "b_right", "right (linear_1)"),
     ],
 )
@@ -55,8 +55,10 @@ def test_the_first_bad_layer_is_named(
     exported: Callable[[str], Any], tmp_path: Path, name: str, tensor: str, layer: str
 ) -> None:
     net = exported(name)
-    path = tamper(net.path, "right.weight.scale" if tensor == "b_right" else tensor, tmp_path)
-    with pytest.raises(ExportError, match=r"^tampered.onnx in onnxruntime: outputs differ from torch by") as caught:
+    path = tamper(net.path, "right.weight.c16.scale" if tensor == "b_right" else tensor, tmp_path)
+    with pytest.raises(
+        ExportError, match=r"^tampered.onnx in onnxruntime[a-z ]*: outputs differ from torch by"
+    ) as caught:
         verify(net.model, path, target.open)
     assert f"first in {layer};" in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["tampered.onnx"]
@@ -77,7 +79,9 @@ def test_a_branch_on_the_batch_size_is_found(tmp_path: Path) -> None:
     rows = compare(model, tmp_path / "net.onnx", target.open, Spec(batches=(1, 3)))
     assert rows[0].rel < 1e-6
     assert rows[1].rel > 0.1
-    with pytest.raises(ExportError, match=r"net.onnx in onnxruntime: outputs differ from torch by .* at batch 3"):
+    with pytest.raises(
+        ExportError, match=r"net.onnx in onnxruntime[a-z ]*: outputs differ from torch by .* at batch 3"
+    ):
         verify(model, tmp_path / "net.onnx", target.open)
 
 

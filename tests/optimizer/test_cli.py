@@ -154,9 +154,8 @@ export: [onnx]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "config", [pytest.param(BERT, marks=pytest.mark.slow, id="bert"), pytest.param(LLAMA, id="llama")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [pytest.param(BERT, id="bert"), pytest.param(LLAMA, id="llama")])
 def test_a_hugging_face_folder(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="Hugging Face folders need transformers")
     from paredown.optimizer import huggingface

@@ -71,7 +71,7 @@ def removals(draw: st.DrawFn, found: tuple[Group, ...]) -> dict[str, list[Unit]]
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if WIDTHS.get(name, {"": 1})])
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_cut_network_computes_what_the_masked_one_does(name: str, data: st.DataObject) -> None:
     found = analysed(name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paredown.optimizer import entry, metric, planning, recipe, run, steps, workspace
+from paredown.optimizer import entry, metric, planning, recipe, steps, summary, workspace
 from paredown.optimizer.errors import InputError, RecipeError
 from paredown.optimizer.steps import LayerResult
 
@@ -94,7 +94,7 @@ def test_an_output_that_is_a_link_leads_to_its_folder(tmp_path: Path) -> None:
 def test_each_layer_is_reported_once_by_the_step_that_compressed_it() -> None:
     first = [LayerResult(layer="a", error_rel=0.1), LayerResult(layer="b", error_rel=0.0, reason="not now")]
     second = [LayerResult(layer="b", error_rel=0.2), LayerResult(layer="a", error_rel=0.0, reason="not now")]
-    assert [(r.layer, r.error_rel) for r in run._merged(first, second)] == [("a", 0.1), ("b", 0.2)]
+    assert [(r.layer, r.error_rel) for r in summary.merged(first, second)] == [("a", 0.1), ("b", 0.2)]
 
 
 def test_a_name_with_brackets_is_a_glob_that_means_itself() -> None:

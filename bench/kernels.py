@@ -1,0 +1,244 @@
+"""Time the low-bit kernels beside onnxruntime's own operators, in one process: `python -m paredown.bench.kernels`.
+
+    --quick     4096 x 4096, one thread, a few batch sizes
+    --out DIR   where kernels.json goes (default: bench/results)
+
+A layer is one ONNX node in a session. Every row alternates with the others of its cell (`measure.sample`); GB/s is the
+bytes of codes and scales over the best time, beside what this machine reads in the same run from a buffer of that size
+(warm), or over layers that together exceed the caches (cold).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from ..exporters.onnx_session import session_options
+from ..kernels import native
+from ..kernels.lut_reference import decode
+from . import kernel_models as models
+from .environment import fingerprint
+from .kernel_models import Chain, Form
+from .measure import Call, Sampling, sample
+
+SHAPES = ((1024, 1024), (4096, 4096), (11008, 4096))
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BITS = (4, 3, 2)
+COLD_BYTES = 320 << 20
+"""What the layers of a cold chain hold at least; ten times the last cache of the machines tried."""
+
+DENSE = Form(name="fp32", op="MatMul")
+NBITS = Form(name="MatMulNBits 4b b128", op="MatMulNBits", bits=4)
+OTHERS = (
+    Form(name="MatMulNBits 4b b32", op="MatMulNBits", bits=4, group=32),
+    Form(name="MatMulNBits 4b b128 fp32", op="MatMulNBits", bits=4, accuracy=0),
+    Form(name="MatMulNBits 2b b128", op="MatMulNBits", bits=2),
+    Form(name="MatMulNBits 2b b64 lut", op="MatMulNBits", bits=2, group=64, session={"mlas.use_lut_gemm": "1"}),
+    Form(name="MatMulNBits 8b b128", op="MatMulNBits", bits=8),
+    Form(name="MatMulBnb4 b64", op="MatMulBnb4", bits=4, group=64),
+    Form(name="DynamicQuantizeMatMul", op="DynamicQuantizeMatMul", bits=8),
+)
+OURS = tuple(Form(name=f"ours {bits}b int8", op="LutLinear", bits=bits, mode="int8") for bits in BITS) + tuple(
+    Form(name=f"ours {bits}b exact", op="LutLinear", bits=bits) for bits in BITS
+)
+COLD = (NBITS, *OURS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """What is measured together: a shape, rows of activations and a thread count; `layers` > 1 = a cold chain."""
+
+    n: int
+    k: int
+    m: int
+    threads: int
+    layers: int = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options().parse_args(arguments)
+    shapes = ((4096, 4096),) if options.quick else SHAPES
+    tokens = (1, 8, 64) if options.quick else TOKENS
+    threads = (1,) if options.quick else (1, 2)
+    rows: list[dict[str, Any]] = []
+    for cell in _cells(shapes, tokens, threads):
+        found = list(measured(cell, cell_forms(cell), options.seconds))
+        rows += found
+        _show(cell, found)
+    document = {
+        "schema": "paredown.kernels/1",
+        "environment": fingerprint() | {"kernels": {"isa": native.isa(), "isas": list(native.isas())}},
+        "errors": errors(),
+        "bars": bars(rows),
+        "rows": rows,
+    }
+    _show_bars(document)
+    if options.out:
+        path = Path(options.out) / "kernels.json"
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def cell_forms(cell: Cell) -> tuple[Form, ...]:
+    """Return what is compared in a cell: everything at one token, the nearest rivals at more."""
+    if cell.layers > 1:
+        return COLD
+    return (DENSE, NBITS, *OTHERS, *OURS) if cell.m == 1 else (DENSE, NBITS, *OURS)
+
+
+def measured(cell: Cell, forms: Sequence[Form], seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield a row per form: microseconds per layer, and GB/s of weight bytes beside the machine's."""
+    x = np.random.default_rng(0).standard_normal((cell.m, cell.k), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        calls = [_call(form, cell, Path(folder), x) for form in forms]
+        limits = Sampling(
+            min_seconds=seconds, min_count=10, max_seconds=20 * seconds, min_rounds=8, warmup_seconds=seconds
+        )
+        samples = sample(calls, limits)
+    for form, times in zip(forms, samples.seconds, strict=True):
+        size = models.weight_bytes(form, cell.n, cell.k)
+        best, middle = float(times.min()) / cell.layers, float(np.median(times)) / cell.layers
+        yield asdict(cell) | {
+            "form": form.name,
+            "bits": form.bits,
+            "min_us": best * 1e6,
+            "median_us": middle * 1e6,
+            "runs": int(times.size),
+            "weight_bytes": size,
+            "gb_per_s": size / best / 1e9,
+            "read_gb_per_s": read_gb_per_s(size if cell.layers == 1 else COLD_BYTES, cell.threads),
+            "waited": samples.waited,
+        }
+
+
+def read_gb_per_s(size: int, threads: int) -> float:
+    """Return how fast this machine reads a buffer of this size again and again, at best."""
+    buffer = np.ones(max(size, 1 << 16), np.uint8)
+    call: Call = lambda: native.read(buffer.ctypes.data, buffer.nbytes, threads)  # noqa: E731
+    count = int(np.clip((2 << 30) // buffer.nbytes, 8, 400))
+    times = sample([call], Sampling(min_seconds=0.02, min_count=count, min_rounds=4, warmup_seconds=0.05)).seconds
+    return buffer.nbytes / float(times[0].min()) / 1e9
+
+
+def errors() -> list[dict[str, Any]]:
+    """Return the error of each of our forms against float64, relative to the norm of the products."""
+    rng = np.random.default_rng(1)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for form in OURS:
+            chain = Chain(n=1024, k=1024)
+            session = _session(form, models.write(form, chain, Path(folder)), 1)
+            parts, spec = models.lut_weight(form.bits, chain.n, chain.k, np.random.default_rng(chain.seed))
+            x = rng.standard_normal((16, chain.k), dtype=np.float32)
+            wanted = x.astype(np.float64) @ decode(parts, spec).double().numpy().T
+            (have,) = session.run(None, {"x": x})
+            error = np.linalg.norm(have - wanted) / np.linalg.norm(wanted)
+            found.append({"form": form.name, "relative_error": float(error)})
+    return found
+
+
+BARS: tuple[tuple[str, int, int, str, str, float], ...] = (
+    ("ours 4b int8", 4096, 1, "MatMulNBits 4b b128", "<=", 0.95),
+    ("ours 4b int8", 4096, 1, "MatMulNBits 4b b32", "<=", 0.75),
+    ("ours 2b int8", 4096, 1, "MatMulNBits 4b b128", "<=", 0.60),
+    ("ours 3b int8", 4096, 1, "MatMulNBits 4b b128", "<=", 0.90),
+    ("ours 4b int8", 1024, 1, "MatMulNBits 4b b128", "<=", 1.05),
+    ("ours 4b int8", 4096, 64, "MatMulNBits 4b b128", "<=", 0.30),
+    *(("ours 4b int8", size, m, "fp32", "<=", 1.02) for size in (1024, 4096) for m in TOKENS),
+    *(("ours 4b exact", size, m, "fp32", "<=", 1.02) for size in (1024, 4096) for m in TOKENS),
+)
+"""Ratios of the best times, one layer at one thread count: ours, n = k, m, the rival, the bar."""
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each bar with the ratios measured, by threads, and the share of the bandwidth at one token."""
+    found = []
+    for threads in sorted({row["threads"] for row in rows}):
+        best = {
+            (row["form"], row["n"], row["m"]): row["min_us"]
+            for row in rows
+            if row["threads"] == threads and row["n"] == row["k"] and row["layers"] == 1
+        }
+        for ours, size, m, rival, _, bar in BARS:
+            if (ours, size, m) in best and (rival, size, m) in best:
+                ratio = best[ours, size, m] / best[rival, size, m]
+                what = f"{ours} / {rival}, {size} x {size}, m = {m}"
+                found.append({"what": what, "threads": threads, "value": ratio, "bar": bar, "met": ratio <= bar})
+    for row in rows:
+        if row["form"].startswith("ours") and row["form"].endswith("int8") and row["m"] == 1 and row["n"] >= 4096:
+            share, kind = row["gb_per_s"] / row["read_gb_per_s"], "cold" if row["layers"] > 1 else "warm"
+            what = f"{row['form']} bytes/s of the bandwidth, {row['n']} x {row['k']}, {kind}"
+            found.append({"what": what, "threads": row["threads"], "value": share, "bar": 0.9, "met": share >= 0.9})
+    return found
+
+
+def _cells(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: Sequence[int]) -> Iterator[Cell]:
+    for count, (n, k) in itertools.product(threads, shapes):
+        yield from (Cell(n=n, k=k, m=m, threads=count) for m in tokens)
+        if n == k and n >= 4096:
+            layers = -(-COLD_BYTES // models.weight_bytes(OURS[len(BITS) - 1], n, k))
+            yield Cell(n=n, k=k, m=1, threads=count, layers=layers)
+
+
+def _call(form: Form, cell: Cell, folder: Path, x: np.ndarray) -> Call:
+    path = models.write(form, Chain(n=cell.n, k=cell.k, layers=cell.layers), folder)
+    session = _session(form, path, cell.threads)
+    return lambda: session.run(None, {"x": x})
+
+
+def _session(form: Form, path: Path, threads: int) -> onnxruntime.InferenceSession:
+    settings = session_options(threads=threads, library=native.ort_library() if form.ours else None)
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    for key, value in (form.session or {}).items():
+        settings.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+def _show(cell: Cell, rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    kind = f", {cell.layers} layers (cold)" if cell.layers > 1 else ""
+    table = Table(title=f"{cell.n} x {cell.k}, m = {cell.m}, {cell.threads} thread(s){kind}", title_justify="left")
+    table.add_column("form")
+    for name in ("min us", "median us", "x fp32", "GB/s", "of the bandwidth"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ratio = f"{row['min_us'] / rows[0]['min_us']:.3f}" if rows[0]["form"] == DENSE.name else "-"
+        share = f"{100 * row['gb_per_s'] / row['read_gb_per_s']:.0f} %"
+        table.add_row(
+            row["form"], f"{row['min_us']:.1f}", f"{row['median_us']:.1f}", ratio, f"{row['gb_per_s']:.1f}", share
+        )
+    Console(width=110).print(table)
+
+
+def _show_bars(document: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(width=140, highlight=False)
+    for row in document["errors"]:
+        console.print(f"{row['form']}: relative error {row['relative_error']:.2e}")
+    for row in document["bars"]:
+        word = "met" if row["met"] else "NOT"
+        console.print(f"{word} {row['value']:.3f} (bar {row['bar']}) {row['what']}, {row['threads']} thread(s)")
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4096 x 4096, one thread, a few batch sizes")
+    parser.add_argument("--seconds", type=float, default=0.3, help="least time for each form of a cell")
+    parser.add_argument("--out", default="", help="folder that kernels.json is written to")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

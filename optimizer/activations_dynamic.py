@@ -1,0 +1,153 @@
+"""Dynamic int8 activations: which layers round their inputs to signed bytes at run time, and torch's form of that.
+
+    round_inputs    rint(x * (127 / max |x|)) * (max |x| / 127) for each run of up to 128 inputs within a group
+    low_rank_rest   y + ((x - rounded) R^T) L^T: a low rank beside the codes sees what rounding left off, since kernels
+                    multiply it by the inputs as they are
+
+both in float32, round half to even, as `kernels/cpu/paredown.h` says. Nothing is calibrated: a run has the range of its
+own values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, fx
+
+from ..kernels import lut_reference
+from . import packed
+from .errors import RecipeError
+from .graph import Graph, Site
+from .model import Model
+from .steps import Decision, short
+from .weight import LowRank
+
+_LIBRARY: Any = torch.library.Library("paredown", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("round_inputs(Tensor x, int group) -> Tensor")
+_LIBRARY.define("low_rank_rest(Tensor y, Tensor x, Tensor rounded, Tensor right, Tensor left) -> Tensor")
+
+
+def operators() -> tuple[Any, Any]:
+    """Return `round_inputs` and `low_rank_rest` as a graph holds them; the second gives its first argument's shape."""
+    return torch.ops.paredown.round_inputs.default, torch.ops.paredown.low_rank_rest.default
+
+
+def mark(decisions: Sequence[Decision], uses: Mapping[str, Sequence[Site]]) -> tuple[Decision, ...]:
+    """Ask for rounded inputs where a kernel can take them; RecipeError where no layer of the plan is like that."""
+    able = {decision.layer for decision in decisions if not _refused(decision, uses)}
+    if not able:
+        raise RecipeError(
+            "activations: dynamic needs a linear layer of evenly spaced levels or int8 tables, the step has none",
+            fix="use table: int8, or leave activations out",
+        )
+    return tuple(replace(x, activations="dynamic") if x.layer in able else x for x in decisions)
+
+
+def apply(model: Model, decisions: Sequence[Decision], graph: Graph) -> tuple[Model, tuple[str, ...]]:
+    """Return the model with rounded inputs where a decision asks and the weight allows it, and notes on the rest."""
+    uses = graph.of_param()
+    reasons: dict[str, list[str]] = {}
+    for decision in decisions:
+        if decision.method:
+            asked = decision.activations == "dynamic"
+            reason = _reason(model, decision.layer, uses) or ("" if asked else "the plan says so")
+            reasons.setdefault(reason, []).append(decision.layer)
+    taken = reasons.pop("", [])
+    notes = [f"dynamic int8 activations: the inputs of {len(taken)} layers are rounded at run time"]
+    for reason, names in reasons.items():
+        notes.append(f"inputs are not rounded: {', '.join(map(short, names))} ({reason})")
+    return replace(model, dynamic=model.dynamic | frozenset(taken)), tuple(notes)
+
+
+def insert(graph: fx.Graph, captured: Graph, model: Model) -> dict[str, Tensor]:
+    """Round the inputs of `model.dynamic` in a copy of the captured graph; return the constants that it then reads."""
+    held: dict[str, Tensor] = {}
+    known: dict[tuple[fx.Node, int], fx.Node] = {}
+    sites = {name: site for name, (site, *_) in captured.sites.items() if site.kind == "linear"}
+    for node in list(graph.nodes):
+        site = sites.get(node.name)
+        if site is None or site.param not in model.dynamic:
+            continue
+        found = packed.terms(model.weights[site.param])
+        assert found is not None
+        x = node.args[site.operand]
+        key = (x, found.base.group)
+        if key not in known:
+            known[key] = _call_before(graph, node, operators()[0], key, x)
+        node.update_arg(site.operand, known[key])
+        if found.low is not None:
+            _add_rest(graph, node, (x, known[key]), _factors(held, site.param, found.low))
+    return held
+
+
+def _factors(held: dict[str, Tensor], param: str, low: LowRank) -> tuple[str, str]:
+    """Put the factors of a low rank among the constants; return their names, right one first."""
+    stem = param.replace(".", "_")
+    names = f"{stem}_right", f"{stem}_left"
+    held |= dict(zip(names, (low.right.dense(), low.left.dense()), strict=True))
+    return names
+
+
+def _call_before(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    with graph.inserting_before(node):
+        made = graph.call_function(target, args)
+    made.meta = {key: value for key, value in node.meta.items() if key == "nn_module_stack"}
+    made.meta |= {"val": like.meta["val"]} if "val" in like.meta else {}
+    return made
+
+
+def _add_rest(graph: fx.Graph, node: fx.Node, inputs: tuple[fx.Node, fx.Node], constants: tuple[str, str]) -> None:
+    with graph.inserting_after(node):
+        made = graph.call_function(operators()[1], (node, *inputs))
+    made.meta = {key: node.meta[key] for key in ("nn_module_stack", "val") if key in node.meta}
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    with graph.inserting_before(made):
+        made.args = (*made.args, *(graph.create_node("get_attr", name) for name in constants))
+
+
+def _refused(decision: Decision, uses: Mapping[str, Sequence[Site]]) -> bool:
+    """Whether a decision cannot lead to rounded inputs, as far as a plan knows."""
+    if not decision.method or _site_reason(uses.get(decision.layer, ())):
+        return True
+    made = decision.spec.format
+    return decision.method != "uniform" and getattr(made, "table", "int8") != "int8"
+
+
+def _reason(model: Model, name: str, uses: Mapping[str, Sequence[Site]]) -> str:
+    return _site_reason(uses.get(name, ())) or packed.int8_refusal(model.weights[name])
+
+
+def _site_reason(sites: Sequence[Site]) -> str:
+    """Return why a weight with these uses has no int8 kernel; looking up rows is exact anyway."""
+    products = [site for site in sites if site.kind != "embedding"]
+    if not products:
+        return "an embedding multiplies nothing" if sites else "no operator that paredown knows multiplies it"
+    other = next((site.kind for site in products if site.kind != "linear"), "")
+    if other:
+        return {"recurrent": "recurrent operators have no int8 kernel"}.get(other, "convolutions have no int8 kernel")
+    rows = products[0].layout.matrix_shape[0]
+    return "" if all((site.first, site.count) == (0, rows) for site in products) else "it is used in parts"
+
+
+def round_inputs(x: Float[Tensor, "... k"], group: int) -> Float[Tensor, "... k"]:
+    """Return inputs rounded to signed bytes, times their scales, in the dtype of x."""
+    return lut_reference.round_inputs(x, group).to(x.dtype).contiguous()
+
+
+def _low_rank_rest(y: Tensor, x: Tensor, rounded: Tensor, right: Tensor, left: Tensor) -> Tensor:
+    rest = (x.float() - rounded.float()) @ right.float().T @ left.float().T
+    return (y.float() + rest).to(y.dtype).contiguous()
+
+
+def _like(x: Tensor, *others: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_LIBRARY.impl("round_inputs", round_inputs, "CompositeExplicitAutograd")
+_LIBRARY.impl("low_rank_rest", _low_rank_rest, "CompositeExplicitAutograd")
+torch.library.register_fake("paredown::round_inputs", _like, lib=_LIBRARY)
+torch.library.register_fake("paredown::low_rank_rest", _like, lib=_LIBRARY)

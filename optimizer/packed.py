@@ -1,0 +1,133 @@
+"""What kernels take of a weight: its parts as they want them, and the reason where they do not take it.
+
+A kernel multiplies by one matrix of codes, and adds a low rank to that product: a `Uniform`, a `Codebook`, or a `Sum`
+of one of these and a `LowRank`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias, assert_never
+
+import torch
+from torch import Tensor
+
+from ..kernels import layout as kernel_layout
+from ..kernels import onnx_ops
+from ..kernels.lut_spec import LutParts, LutSpec, Mode
+from ..kernels.lut_spec import refusal as lut_spec_refusal
+from .weight import Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
+
+Coded: TypeAlias = Uniform | Codebook
+
+INT8_ZERO = 128
+"""Added to the entries of an int8 table: TensorRT takes no int8 constant that is not dequantized."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Terms:
+    """A weight as a kernel computes it: codes, and a low rank or none."""
+
+    base: Coded
+    low: LowRank | None = None
+
+
+def terms(weight: Weight) -> Terms | None:
+    """Return the terms of a weight, None where it is not of that form."""
+    match weight:
+        case Uniform() | Codebook():
+            return Terms(base=weight)
+        case Sum(terms=(Uniform() | Codebook() as base, LowRank() as low)):
+            return Terms(base=base, low=low)
+        case _:
+            return None
+
+
+def lut_spec(weight: Coded) -> LutSpec:
+    """Return the shape and meaning of a weight's codes."""
+    n, k = weight.shape
+    zero, unit, rows = 0, 1.0, 0
+    match weight:
+        case Uniform():
+            zero = weight.zero
+        case Codebook():
+            unit, rows = weight.unit, weight.table_rows
+            zero = INT8_ZERO if weight.table.dtype == torch.int8 else 0
+        case _:
+            assert_never(weight)
+    bits, group = weight.code_bits, weight.group
+    return LutSpec(n=n, k=k, bits=bits, group=group, table_rows=rows, zero=float(zero), unit=unit)
+
+
+def lut_table(weight: Coded) -> Tensor:
+    """Return the table as an operator takes it: uint8 with `zero` added, or float16."""
+    if isinstance(weight, Uniform):
+        return torch.arange(2**weight.code_bits).to(torch.uint8)[None]
+    if weight.table.dtype == torch.int8:
+        return (weight.table.to(torch.int16) + INT8_ZERO).to(torch.uint8)
+    return weight.table
+
+
+def lut_parts(weight: Coded) -> LutParts:
+    """Return the tensors that kernels use in place."""
+    spec = lut_spec(weight)
+    codes, scale = kernel_layout.pack(weight.codes, spec), kernel_layout.pack_scale(weight.scale, spec)
+    return LutParts(codes=codes, table=lut_table(weight), scale=scale)
+
+
+def refusal(weight: Coded, mode: Mode = "exact") -> str:
+    """Return why no operator of a file multiplies by a weight in a mode, "" where one does."""
+    return _dtype_refusal(weight) or onnx_ops.supports(lut_spec(weight), mode, lut_table(weight).dtype)
+
+
+def lookup_refusal(weight: Coded) -> str:
+    """Return why no operator of a file looks rows of a weight up, "" where one does."""
+    return _dtype_refusal(weight) or lut_spec_refusal(lut_spec(weight), "exact", lut_table(weight).dtype)
+
+
+def int8_refusal(weight: Weight) -> str:
+    """Return why a layer of this weight cannot take inputs that are rounded to int8, "" where it can."""
+    match weight:
+        case Dense():
+            return "its weights are floats"
+        case LowRank():
+            return "a product of two factors is computed exactly"
+        case _:
+            found = terms(weight)
+            return "a sum of this form has no kernel" if found is None else refusal(found.base, "int8")
+
+
+def low_refusal(low: LowRank) -> str:
+    """Return why a kernel cannot add a low rank itself, "" where it can."""
+    left = low.left
+    if not isinstance(left, Uniform | Codebook):
+        return "the left factor is no table of codes"
+    return _dtype_refusal(left) or onnx_ops.supports_left(lut_spec(left), lut_table(left).dtype)
+
+
+def decoded_because(weight: Weight, layout: Layout) -> str:
+    """Return why a weight is decoded to floats when a file is loaded, as far as its form says it."""
+    if layout.kind in ("conv", "conv_transpose"):
+        return "convolutions have no kernel"
+    coded = list(_coded(weight))
+    reasons = [reason for part in coded if (reason := refusal(part))]
+    return reasons[0] if reasons else "what multiplies it is no linear layer or embedding"
+
+
+def _dtype_refusal(weight: Coded) -> str:
+    return "" if weight.dtype in DTYPES else f"{str(weight.dtype).removeprefix('torch.')} has no kernel"
+
+
+def _coded(weight: Weight) -> list[Coded]:
+    match weight:
+        case Dense():
+            return []
+        case Uniform() | Codebook():
+            return [weight]
+        case LowRank():
+            return [*_coded(weight.left), *_coded(weight.right)]
+        case Sum():
+            return [part for term in weight.terms for part in _coded(term)]
+        case _:
+            assert_never(weight)
