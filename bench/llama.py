@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,7 @@ def _nbits(dense: Path, block: int, folder: Path) -> Path:
     """Write what onnxruntime's own tool makes of the dense file: its products and its embedding at 4 bits."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)
     folder.mkdir()
     tool = MatMulNBitsQuantizer(
         str(dense), block_size=block, is_symmetric=True, accuracy_level=4, op_types_to_quantize=("MatMul", "Gather")
