@@ -2,6 +2,10 @@
 
 The truth is `model.module()` in torch; the file runs through a `Runner`. Every output is compared at two batch sizes,
 so that a size that the trace has baked in is seen.
+
+Where inputs are rounded at run time, two correct evaluations differ: a value near the middle of two codes falls to
+either side by the last bit of a sum, and what it moves makes others fall. How far, the network itself tells: torch is
+asked a second time, with parameters changed in their last bits, and a file may differ by `SLACK` times that.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..optimizer import activations
@@ -29,6 +33,10 @@ TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 TOLERANCE_FLOAT32 = 1e-4
 TOLERANCE_INT8 = 2e-2
 """With int8 activations: a value that two roundings see on two sides of a half moves a code, and codes behind it."""
+LAST_BITS = 2.0**-21
+"""Spread of the relative change of parameters that stands for another order of sums: four steps of a float32."""
+SLACK = 2.0
+"""How much further than torch from itself a file may be from torch."""
 LEAST_AGREEMENT = 0.995
 """Part of the rows whose argmax int8 activations must keep, of outputs of `ENOUGH_ROWS` rows or more."""
 ENOUGH_ROWS = 200
@@ -61,6 +69,7 @@ class Row:
 
     argmax_agreement: part of the rows (last dimension) with the same largest entry, of the worst output; None without
     a floating output of two or more dimensions. first_bad_layer: "module (value)", None where all is well or unknown.
+    limit: what `rel` must not exceed.
     agreement_limit: what the agreement must reach, None with float activations or too few rows to tell.
     float_operators: what computes in float between int8 layers.
     """
@@ -72,6 +81,7 @@ class Row:
     argmax_agreement: float | None
     first_bad_layer: str | None
     size_bytes: int
+    limit: float
     agreement_limit: float | None = None
     float_operators: tuple[str, ...] = ()
 
@@ -80,25 +90,25 @@ def verify(model: Model, path: Path, open_: Open, spec: Spec | None = None) -> l
     """Return one row per batch size; ExportError, with the first bad layer, where a row exceeds the tolerance."""
     spec = spec or Spec()
     rows = compare(model, path, open_, spec)
-    judge(rows, path, tolerance(model, spec))
+    judge(rows, path)
     return rows
 
 
-def judge(rows: Sequence[Row], path: Path, limit: float) -> None:
-    """Raise ExportError, with the first bad layer, where a row exceeds `limit`."""
+def judge(rows: Sequence[Row], path: Path) -> None:
+    """Raise ExportError, with the first bad layer, where a row exceeds its limits."""
     for row in rows:
-        if not row.rel <= limit:
+        if not row.rel <= row.limit:
             where = f", first in {row.first_bad_layer}" if row.first_bad_layer else ""
             raise ExportError(
                 f"outputs differ from torch by {row.rel:.1e} of their range at batch {row.batch}, "
-                f"{limit:.0e} is allowed{where}",
+                f"{row.limit:.0e} is allowed{where}",
                 where=f"{path.name} in {row.runtime}",
                 fix="look at that layer: a Python branch on sizes is traced only once, noise differs in each run",
             )
         if row.agreement_limit is not None and not (row.argmax_agreement or 0.0) >= row.agreement_limit:
             raise ExportError(
                 f"{row.argmax_agreement} of the rows have the largest entry where torch has it at batch {row.batch}, "
-                f"{row.agreement_limit} must",
+                f"{row.agreement_limit:.3g} must",
                 where=f"{path.name} in {row.runtime}",
                 fix="give activations more range, or leave them float",
             )
@@ -107,29 +117,28 @@ def judge(rows: Sequence[Row], path: Path, limit: float) -> None:
 def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
     """Return one row per batch size, the first bad one with its first bad layer."""
     options = RunnerOptions(exact=True, kernels=spec.kernels)
-    module, runner, limit = model.module(), open_(path, options), tolerance(model, spec)
+    module, runner = model.module(), open_(path, options)
+    nudged = _nudged(model.module(), spec.seed) if _rounds(model) and spec.rel is None else None
     rows: list[Row] = []
     floats = onnx_integer.check(path, activations.layers(model)).floats if model.acts and path.suffix == ".onnx" else ()
     for batch in _batches(model, spec):
         inputs = _inputs(model, spec, batch)
-        with torch.no_grad():
-            want = [value.numpy(force=True) for value in _tensors(module(*inputs))]
+        want = _outputs(module, inputs)
         have = _run(runner, model, inputs)
         if len(want) != len(have):
             raise ExportError(f"the file has {len(have)} outputs, the network {len(want)}", where=path.name)
-        row = _row(runner.name, batch, want, have)
-        bad = [i for i, pair in enumerate(zip(want, have, strict=True)) if not difference(*pair)[1] <= limit]
+        allowed = _allowed(model, spec, want, want if nudged is None else _outputs(nudged, inputs))
+        row = replace(_row(runner.name, batch, (want, have), allowed), size_bytes=artifact_bytes(path))
+        bad = [i for i, pair in enumerate(zip(want, have, strict=True)) if not difference(*pair)[1] <= row.limit]
         if bad and path.suffix == ".onnx" and all(known.first_bad_layer is None for known in rows):
-            search = Search(open_=open_, options=options, inputs=inputs, limit=limit, output=bad[0])
+            search = Search(open_=open_, options=options, inputs=inputs, limit=row.limit, output=bad[0])
             row = replace(row, first_bad_layer=first_bad_layer(model, path, search))
-        agreement = LEAST_AGREEMENT if _rounds(model) and _enough(want) else None
-        size = artifact_bytes(path)
-        rows.append(replace(row, size_bytes=size, agreement_limit=agreement, float_operators=floats))
+        rows.append(replace(row, float_operators=floats))
     return rows
 
 
 def tolerance(model: Model, spec: Spec) -> float:
-    """Return the largest `rel` that passes."""
+    """Return the largest `rel` that passes where nothing is rounded at run time, and the least there."""
     if spec.rel is not None:
         return spec.rel
     dtypes = {w.values.dtype if isinstance(w, Dense) else w.dtype for w in model.weights.values()}
@@ -147,7 +156,43 @@ def artifact_bytes(path: Path) -> int:
     return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
 
 
-def _row(runtime: str, batch: int, want: Sequence[np.ndarray], have: Sequence[np.ndarray]) -> Row:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Allowed:
+    """What an output may differ: `limit` of `rel`, and the `agreement` that it must reach."""
+
+    limit: float
+    agreement: float | None
+
+
+def _allowed(model: Model, spec: Spec, want: Sequence[np.ndarray], again: Sequence[np.ndarray]) -> _Allowed:
+    """Return what is allowed; `again`: the same outputs with parameters changed in their last bits."""
+    limit = tolerance(model, spec)
+    if not _rounds(model):
+        return _Allowed(limit=limit, agreement=None)
+    moved = max((difference(*pair)[1] for pair in zip(want, again, strict=True)), default=0.0)
+    kept = argmax_agreement(want, again)
+    least = min(LEAST_AGREEMENT, 1 - SLACK * (1 - (1.0 if kept is None else kept)))
+    return _Allowed(limit=max(limit, SLACK * moved), agreement=least if _enough(want) else None)
+
+
+def _nudged(module: nn.Module, seed: int) -> nn.Module:
+    """Change the parameters of a module in their last bits, at random, and return it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                change = 1 + LAST_BITS * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter.float() * change)
+    return module
+
+
+def _outputs(module: nn.Module, inputs: Sequence[Tensor]) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [value.numpy(force=True) for value in _tensors(module(*inputs))]
+
+
+def _row(runtime: str, batch: int, pair: tuple[Sequence[np.ndarray], Sequence[np.ndarray]], allowed: _Allowed) -> Row:
+    want, have = pair
     differences = [difference(a, b) for a, b in zip(want, have, strict=True)]
     return Row(
         runtime=runtime,
@@ -157,6 +202,8 @@ def _row(runtime: str, batch: int, want: Sequence[np.ndarray], have: Sequence[np
         argmax_agreement=argmax_agreement(want, have),
         first_bad_layer=None,
         size_bytes=0,
+        limit=allowed.limit,
+        agreement_limit=allowed.agreement,
     )
 
 

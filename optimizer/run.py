@@ -251,7 +251,7 @@ class _Run:
         try:
             rows = verify.compare(model, path, exporter(path.suffix.removeprefix(".")).open, spec)
             parts["verify"] += [dataclasses.asdict(row) for row in rows]
-            verify.judge(rows, path, verify.tolerance(model, spec))
+            verify.judge(rows, path)
         except ExportError as error:
             return error
         return None

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.exporters import onnx as target
 from paredown.exporters import onnx_integer
-from paredown.exporters.verify import Spec, compare, judge, tolerance, verify
+from paredown.exporters.verify import Spec, compare, judge, verify
 from paredown.optimizer import activations, data, factorize, prune, quantize
 from paredown.optimizer.codes import Format
 from paredown.optimizer.data import Calibration
@@ -176,7 +176,7 @@ def test_every_convolutional_network_runs_in_integers_as_torch_computes_it(name:
     assert tuple(sorted(entry.split()[0] for entry in found.floats)) == FLOATS.get(name, ())
     many = net.batch(MANY, seed=7)
     rows = compare(model, path, target.open, Spec(batches=(1, 3, MANY), inputs=many))
-    judge(rows, path, tolerance(model, Spec()))
+    judge(rows, path)
     assert max(row.rel for row in rows[:2]) < 1e-5
     assert rows[2].rel <= 2e-2
     have = target.open(path).run({given.name: x.numpy() for given, x in zip(model.inputs, many, strict=True)})

@@ -4,9 +4,10 @@
     .venv/bin/python tests/real/shrink.py int8       every convolutional checkpoint with int8 activations
     .venv/bin/python tests/real/shrink.py speed      ResNet-56: latency and bytes, on an idle machine
     .venv/bin/python tests/real/shrink.py kinds      prune, quantize, export and verify one network of each kind
+    .venv/bin/python tests/real/shrink.py modes      4-bit linear layers: accuracy through the kernels, in both modes
 
-Rows of `int8`, `speed` and `kinds` are `optimize run` of a recipe in tests/real/recipes with other steps, in a process
-of its own; those of `pruning` call the prune step and measure in torch. `figures.py readme` writes the tables.
+All rows but those of `pruning` are `optimize run` of a recipe in tests/real/recipes with other steps, in a process of
+its own; those of `pruning` call the prune step and measure in torch. `figures.py readme` writes the tables.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,9 @@ IN_INTEGERS = ("mobilenet", "ultraface", "dncnn")
 
 INT8 = "{quantizer: uniform, bits: 8, activations: int8}"
 FOUR = "{quantizer: lnq, bits: 4}"
+DYNAMIC = "{quantizer: lnq, bits: 4, activations: dynamic}"
+LINEAR = ("stories", "g2p", "dtln", "resnet20")
+"""Checkpoints with linear layers."""
 CONVOLUTIONAL = ("resnet20", "resnet56", "mobilenet", "dncnn", "espnet", "ultraface")
 SPEED = {
     "pruned 30 %, widths of 16": f"[prune: {{remove_macs: {PART}, round_to: 16}}]",
@@ -61,7 +66,7 @@ SPEED = {
 
 def main() -> None:
     (what,) = sys.argv[1:]
-    rows = {"pruning": pruning, "int8": int8, "speed": speed, "kinds": kinds}[what]()
+    rows = {"pruning": pruning, "int8": int8, "speed": speed, "kinds": kinds, "modes": modes}[what]()
     path, found = RESULTS / f"{what}.json", list[dict[str, Any]]()
     for row in rows:
         found.append(row)
@@ -96,6 +101,13 @@ def speed() -> Iterator[dict[str, Any]]:
         yield {"name": name, **_summed("resnet56", steps, "bench={batch: [1, 32], threads: [1]}")}
 
 
+def modes() -> Iterator[dict[str, Any]]:
+    """Yield a row per network and mode of its linear layers, measured through onnxruntime with the kernels."""
+    for network in LINEAR:
+        yield _summed(network, f"[quantize: {FOUR}]")
+        yield _summed(network, f"[quantize: {DYNAMIC}]")
+
+
 def _summed(network: str, steps: str, *settings: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -113,7 +125,7 @@ def _summed(network: str, steps: str, *settings: str) -> dict[str, Any]:
         "files": files,
         "verify": report["verify"],
         "bench": report["bench"],
-        "modes": sorted({str(row["mode"]) for row in report["layers"]}),
+        "modes": Counter(str(row["mode"]) for row in report["layers"]),
         "seconds": report["seconds"],
         "environment": report["environment"],
     }
