@@ -12,7 +12,9 @@
 namespace paredown {
 namespace {
 
-inline Simd::I each_byte(int byte) { return Simd::set(static_cast<int32_t>(in_each_byte(static_cast<uint32_t>(byte)))); }
+inline Simd::I each_byte(int byte) {
+  return Simd::set(static_cast<int32_t>(in_each_byte(static_cast<uint32_t>(byte))));
+}
 
 /* 16 bytes of which entry i is that of the code whose bits are found in i: the low ones from bit LOW, the highest,
  * for HIGH >= 0, in bit HIGH. */
@@ -43,7 +45,8 @@ struct Simd::Bytes<0> {
 template <>
 struct Simd::Bytes<1> {
   explicit Bytes(const uint8_t *table)
-      : at{nibble_table<1, 0>(table), nibble_table<1, 1>(table), nibble_table<1, 2>(table), nibble_table<1, 3>(table)} {}
+      : at{nibble_table<1, 0>(table), nibble_table<1, 1>(table), nibble_table<1, 2>(table),
+           nibble_table<1, 3>(table)} {}
   template <int Q>
   I quad(const I *unit) const {
     return look_up(at[Q % 4], bit_and(right<Q / 4 * 4>(unit[0]), each_byte(0x0F)));
@@ -94,7 +97,8 @@ Simd::I codes_of(const Simd::I *unit, int quad) {
   Simd::I codes = Simd::set(0);
   for (int p = 0; p < P::count; ++p) {
     const Simd::I from = unit[P::word(p, quad)], mask = each_byte((1 << P::width(p)) - 1);
-    const Simd::I shifted = {_mm256_srli_epi32(from.a, P::shift(p, quad)), _mm256_srli_epi32(from.b, P::shift(p, quad))};
+    const int shift = P::shift(p, quad);
+    const Simd::I shifted = {_mm256_srli_epi32(from.a, shift), _mm256_srli_epi32(from.b, shift)};
     const Simd::I plane = Simd::bit_and(shifted, mask);
     codes = Simd::bit_or(codes, {_mm256_slli_epi32(plane.a, P::place(p)), _mm256_slli_epi32(plane.b, P::place(p))});
   }

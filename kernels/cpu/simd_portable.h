@@ -171,8 +171,16 @@ struct Simd {
     explicit Floats(const FloatTable &given) : table(given.entry) {}
     template <int Q, int B>
     F input(const I *unit) const {
-      const I code = codes<BITS == 0 ? 8 : BITS>(unit, Q);
-      return rows<F>([&](int r) { return table[code.row[r] >> (8 * B) & 255u]; });
+      using P = Planes<BITS == 0 ? 8 : BITS>;
+      I code = set(0);
+      for (int p = 0; p < P::count; ++p) {
+        const I &word = unit[P::word(p, Q)];
+        const uint32_t mask = (1u << P::width(p)) - 1u;
+        code = rows<I>([&](int r) {
+          return code.row[r] | (word.row[r] >> (8 * B + P::shift(p, Q)) & mask) << P::place(p);
+        });
+      }
+      return rows<F>([&](int r) { return table[code.row[r]]; });
     }
     const float *table;
   };
