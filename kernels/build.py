@@ -40,6 +40,8 @@ FLAGS = (
 )
 LINK = (
     *("-shared", "-pthread", "-Wl,--no-undefined", "-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,--gc-sections", "-s"),
+    # dlopen, which looks for a CUDA driver, is in a library of its own before glibc 2.34.
+    "-ldl",
     # onnxruntime closes the library with the last session that uses it; its threads and operators must stay.
     "-Wl,-z,nodelete",
 )

@@ -32,6 +32,7 @@ struct Context;
 struct Domain;
 struct Info;
 struct InferContext;
+struct MemoryInfo;
 struct OpAttribute;
 struct SessionOptions;
 struct Shape; /* OrtTensorTypeAndShapeInfo */
@@ -42,7 +43,7 @@ struct Value;
 enum Type : int32_t { kAny = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
 enum Code : int32_t { kFail = 1, kInvalidArgument = 2 };
 enum AttributeType : int32_t { kIntAttribute = 1 };
-enum MemoryType : int32_t { kDefaultMemory = 0 };
+enum MemoryType : int32_t { kHostInput = -2, kDefaultMemory = 0 };
 enum Characteristic : int32_t { kRequired = 0 };
 
 constexpr uint32_t kApi = 17;
@@ -74,6 +75,12 @@ inline constexpr Call<55, Status *(const TypeInfo *, const Shape **)> tensor_typ
 inline constexpr Call<249, Status *(const Info *, size_t index, int *is_constant, const Value **)> constant_input;
 inline constexpr Call<278, Status *(const Info *, MemoryType, Allocator **)> create_allocator;
 inline constexpr Call<132, void(Allocator *)> release_allocator;
+
+inline constexpr Call<77, Status *(const Allocator *, const MemoryInfo **)> allocator_memory;
+inline constexpr Call<72, Status *(const MemoryInfo *, int *device)> memory_device;
+inline constexpr Call<125, Status *(char ***names, int *count)> available_providers;
+inline constexpr Call<126, Status *(char **names, int count)> release_providers;
+inline constexpr Call<193, Status *(const Context *, void **)> gpu_stream;
 
 inline constexpr Call<90, Status *(const Context *, size_t index, const Value **)> context_input;
 inline constexpr Call<91, Status *(Context *, size_t index, const int64_t *sizes, size_t rank, Value **)>

@@ -1,5 +1,6 @@
 /* RegisterCustomOps, by which onnxruntime learns of the operators of domain "paredown". */
 #include <stdio.h>
+#include <string.h>
 
 #include <mutex>
 #include <new>
@@ -33,7 +34,8 @@ struct Registration {
   const Api *const api;
   Domain *domain = nullptr;
   Registration *next = nullptr;
-  LinearOperator linear[kNames * kTypes] = {};
+  LinearOperator linear[kNames * kTypes] = {}, cuda[kNames * kTypes] = {};
+  size_t on_cuda = 0;
   GatherOperator gather[kTypes] = {};
 };
 
@@ -47,6 +49,7 @@ Registration::Registration(const Api *runtime) noexcept : api(runtime) {
         op.planes = kind & 1, op.int8 = kind & 2, op.low_rank = kind & 4;
         snprintf(op.text, sizeof op.text, "Lut%sLinear%s%s%s", op.planes ? "Planes" : "", op.int8 ? "Int8" : "",
                  op.low_rank ? "LowRank" : "", activation.name);
+        if (runs_on_cuda(op)) make_cuda_linear(&(cuda[on_cuda++] = op));
         make_linear(&op);
       }
   for (size_t i = 0; i < kTypes; ++i) {
@@ -55,11 +58,23 @@ Registration::Registration(const Api *runtime) noexcept : api(runtime) {
   }
 }
 
+/* Whether this onnxruntime was built with the CUDA provider: operators for it cost every session time otherwise. */
+Status *has_cuda(const Api *api, bool *found) noexcept {
+  char **names = nullptr;
+  int count = 0;
+  PAREDOWN_TRY(available_providers(api, &names, &count));
+  for (int i = 0; i < count; ++i) *found |= strcmp(names[i], "CUDAExecutionProvider") == 0;
+  return release_providers(api, names, count);
+}
+
 Status *fill(Registration *made) noexcept {
   const Api *api = made->api;
+  bool cuda = false;
+  PAREDOWN_TRY(has_cuda(api, &cuda));
   Domain *domain = nullptr;
   PAREDOWN_TRY(create_domain(api, "paredown", &domain));
   for (LinearOperator &op : made->linear) PAREDOWN_TRY(add_operator(api, domain, &op));
+  for (size_t i = 0; cuda && i < made->on_cuda; ++i) PAREDOWN_TRY(add_operator(api, domain, &made->cuda[i]));
   for (GatherOperator &op : made->gather) PAREDOWN_TRY(add_operator(api, domain, &op));
   made->domain = domain;
   return nullptr;

@@ -25,6 +25,9 @@ struct GatherOperator : Operator {
 
 /* Fill the members that onnxruntime calls; the others are set. */
 void make_linear(LinearOperator *made) noexcept;
+/* The same operator for onnxruntime's CUDA provider, where it `runs_on_cuda`; float32 is not multiplied exactly there. */
+bool runs_on_cuda(const LinearOperator &described) noexcept;
+void make_cuda_linear(LinearOperator *made) noexcept;
 void make_gather(GatherOperator *made) noexcept;
 
 }  // namespace paredown::ort
