@@ -74,6 +74,21 @@ struct Linear {
   Tiles tiles;
 };
 
+struct Conv;
+struct ConvPart;
+
+/* How an instruction set convolves. */
+struct Convolution {
+  int32_t tile;   /* most outputs of a row at once */
+  int32_t offset; /* operands are table bytes less this */
+  /* The largest |x| of `count` values. */
+  float (*largest)(const void *x, int32_t type, int64_t count);
+  /* Round one row of an image, and write it with its border. */
+  void (*round_row)(const Conv &conv, int64_t image, int64_t row);
+  /* Multiply the images by blocks [first, last), and write y. */
+  void (*convolve)(const Conv &conv, int64_t first, int64_t last, const ConvPart &part);
+};
+
 struct Isa {
   const char *name;
   int32_t tile[2]; /* the widest tile, by mode */
@@ -82,6 +97,7 @@ struct Isa {
   void (*pack)(const Linear &linear, int64_t first, int64_t last);
   /* Multiply tiles [first_tile, last_tile) by blocks [first, last), and write y. */
   void (*multiply)(const Linear &linear, int64_t first, int64_t last, int64_t first_tile, int64_t last_tile);
+  const Convolution *convolution;
 };
 
 /* Defined in isa_<name>.cpp; dispatch.cpp names those that were built. */

@@ -14,6 +14,8 @@
 #endif
 // After the vectors.
 #include "kernel.inl"
+// After the loops.
+#include "conv.inl"
 
 namespace paredown {
 namespace {
@@ -192,6 +194,6 @@ void pack_tokens_first(const Linear &linear, int64_t first, int64_t last) {
 
 }  // namespace
 
-const Isa amx_isa = {"amx", {Simd::tile, tile_tokens}, tokens_at_once, pack_tokens_first, multiply};
+const Isa amx_isa = {"amx", {Simd::tile, tile_tokens}, tokens_at_once, pack_tokens_first, multiply, &convolution};
 
 }  // namespace paredown

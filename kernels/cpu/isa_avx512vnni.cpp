@@ -2,9 +2,11 @@
 #include "simd_avx512.h"
 // After the vectors.
 #include "kernel.inl"
+// After the loops.
+#include "conv.inl"
 
 namespace paredown {
 
-const Isa avx512vnni_isa = {"avx512vnni", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+const Isa avx512vnni_isa = {"avx512vnni", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution};
 
 }  // namespace paredown

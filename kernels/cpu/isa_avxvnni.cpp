@@ -2,9 +2,11 @@
 #include "simd_avx2.h"
 // After the vectors.
 #include "kernel.inl"
+// After the loops.
+#include "conv.inl"
 
 namespace paredown {
 
-const Isa avxvnni_isa = {"avxvnni", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+const Isa avxvnni_isa = {"avxvnni", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution};
 
 }  // namespace paredown

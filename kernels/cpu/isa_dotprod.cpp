@@ -6,9 +6,12 @@
 #include "kernel.inl"
 // After the loops.
 #include "kernel_neon.inl"
+#include "conv_neon.inl"
+// After its tile.
+#include "conv.inl"
 
 namespace paredown {
 
-const Isa dotprod_isa = {"dotprod", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+const Isa dotprod_isa = {"dotprod", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution};
 
 }  // namespace paredown

@@ -9,6 +9,9 @@
 #include "kernel.inl"
 // After the loops.
 #include "kernel_neon.inl"
+#include "conv_neon.inl"
+// After its tile.
+#include "conv.inl"
 
 namespace paredown {
 namespace {
@@ -86,6 +89,6 @@ void tile_int8(const uint8_t *w, int64_t quads, const int8_t *x, const float *x_
 
 }  // namespace
 
-const Isa i8mm_isa = {"i8mm", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+const Isa i8mm_isa = {"i8mm", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution};
 
 }  // namespace paredown

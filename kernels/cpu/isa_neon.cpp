@@ -6,10 +6,13 @@
 #include "kernel.inl"
 // After the loops.
 #include "kernel_neon.inl"
+#include "conv_neon.inl"
+// After its tile.
+#include "conv.inl"
 
 namespace paredown {
 
 /* Without sdot a sum takes two registers, so that half as wide a tile fits. */
-const Isa neon_isa = {"neon", {Simd::tile, Simd::tile / 2}, tokens_at_once, pack, multiply};
+const Isa neon_isa = {"neon", {Simd::tile, Simd::tile / 2}, tokens_at_once, pack, multiply, &convolution};
 
 }  // namespace paredown

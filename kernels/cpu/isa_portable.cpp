@@ -2,9 +2,11 @@
 #include "simd_portable.h"
 // After the vectors.
 #include "kernel.inl"
+// After the loops.
+#include "conv.inl"
 
 namespace paredown {
 
-const Isa portable_isa = {"portable", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply};
+const Isa portable_isa = {"portable", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution};
 
 }  // namespace paredown

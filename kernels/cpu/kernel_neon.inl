@@ -163,9 +163,9 @@ void direct_exact(const Weight &weight, const Packed &packed, int64_t block, flo
   }
 }
 
-#ifndef __ARM_FEATURE_MATMUL_INT8 /* whose products take another order: isa_i8mm.cpp */
+/* Decode `steps` steps: [quad] units. */
 template <int BITS, int R>
-void decode_bytes(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t steps, uint8_t *out) {
+void decode_in_order(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t steps, uint8_t *out) {
   constexpr int units = units_of(BITS);
   for (; steps > 0; --steps) {
     for (int part = 0; part < parts; ++part) {
@@ -178,6 +178,12 @@ void decode_bytes(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t ste
     out += QUADS * UNIT_BYTES;
     stream.codes[0] += units * UNIT_BYTES;
   }
+}
+
+#ifndef __ARM_FEATURE_MATMUL_INT8 /* whose products take another order: isa_i8mm.cpp */
+template <int BITS, int R>
+void decode_bytes(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t steps, uint8_t *out) {
+  decode_in_order<BITS, R>(table, stream, steps, out);
 }
 
 /* Four quads at a time: their words of T tokens are T registers. */

@@ -102,6 +102,31 @@ PAREDOWN_API size_t paredown_scale_count(const paredown_weight *weight);
 PAREDOWN_API size_t paredown_scratch(const paredown_linear *call);
 PAREDOWN_API int32_t paredown_run_linear(const paredown_linear *call);
 
+/* A convolution of one group in int8 mode: y[b, o, i, j] = act(sum over c, u, v of W[o, (u, v, c)] x[b, c, i s + u d - p, ...]
+ * + bias[o]). Its weight is a matrix (n, kernel[0] * kernel[1] * C) with one scale per row (group 0), C the channels filled
+ * up to a multiple of 4, and inputs in the order (row of the kernel, column, channel). The inputs of an image are
+ * rounded as one run: s = max |x[b]| / 127. Outside of an image x is 0. Sums are exact in int32: k is at most 65536. */
+typedef struct {
+  const paredown_weight *weight;
+  const void *x; /* [batch][channels][height][width] */
+  void *y;       /* [batch][n][outputs][outputs] */
+  int64_t batch, channels, height, width;
+  int64_t kernel[2], stride[2], dilation[2];
+  int64_t pad[4];           /* top, left, bottom, right */
+  int32_t type, activation; /* PAREDOWN_NONE or PAREDOWN_RELU */
+  const void *bias;         /* n values, or null */
+  void *scratch;            /* paredown_conv_scratch bytes, aligned to 64 */
+  size_t scratch_bytes;
+  int32_t threads;
+  paredown_parallel parallel;
+  void *parallel_context;
+} paredown_conv;
+
+/* Outputs along an axis (0: rows, 1: columns); 0 or less where there are none. */
+PAREDOWN_API int64_t paredown_conv_outputs(const paredown_conv *call, int32_t axis);
+PAREDOWN_API size_t paredown_conv_scratch(const paredown_conv *call);
+PAREDOWN_API int32_t paredown_run_conv(const paredown_conv *call);
+
 /* Decode rows of W: y[i, :] = W[rows[i], :] in `type`, computed in float32 and rounded once. */
 PAREDOWN_API int32_t paredown_gather(const paredown_weight *weight, const int64_t *rows, int64_t count, void *y,
                                      int32_t type);

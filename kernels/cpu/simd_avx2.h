@@ -51,6 +51,12 @@ struct Simd {
     if constexpr (N > 0) return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
     return {_mm256_slli_epi32(x.a, N < 0 ? -N : 0), _mm256_slli_epi32(x.b, N < 0 ? -N : 0)};
   }
+  /* The low bytes of four integers of each row, side by side. */
+  static I words_of(const I (&v)[4]) {
+    const I low = set(255);
+    const I first = bit_or(bit_and(v[0], low), right<-8>(bit_and(v[1], low)));
+    return bit_or(first, bit_or(right<-16>(bit_and(v[2], low)), right<-24>(v[3])));
+  }
   static int32_t sum(I x) {
     const __m256i all = _mm256_add_epi32(x.a, x.b);
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));

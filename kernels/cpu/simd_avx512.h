@@ -69,6 +69,38 @@ struct Simd {
   static void bytes_of(I v, int8_t *out) {
     _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm512_cvtsepi32_epi8(v));
   }
+  /* The low bytes of four integers of each row, side by side. */
+  static I words_of(const I (&v)[4]) {
+    const I low = set(255);
+    const I first = bit_or(bit_and(v[0], low), right<-8>(bit_and(v[1], low)));
+    return bit_or(first, bit_or(right<-16>(bit_and(v[2], low)), right<-24>(v[3])));
+  }
+#define PAREDOWN_TRANSPOSE
+  /* Turn 16 rows of 16 floats. */
+  static void transpose(const float *from, int64_t stride, float *to) {
+    F a[ROWS], b[ROWS];
+    for (int i = 0; i < ROWS; ++i) a[i] = fload(from + i * stride);
+    for (int i = 0; i < ROWS; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < ROWS; i += 4) { /* a[i + j]: column j of each 128 bits, of rows i to i + 3 */
+      for (int j = 0; j < 2; ++j) {
+        const __m512d upper = _mm512_castps_pd(b[i + j]), lower = _mm512_castps_pd(b[i + 2 + j]);
+        a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(upper, lower));
+        a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(upper, lower));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      const F even = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xDD);
+      const F even_8 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+      const F odd_8 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xDD);
+      fstore(to + j * ROWS, _mm512_shuffle_f32x4(even, even_8, 0x88));
+      fstore(to + (4 + j) * ROWS, _mm512_shuffle_f32x4(odd, odd_8, 0x88));
+      fstore(to + (8 + j) * ROWS, _mm512_shuffle_f32x4(even, even_8, 0xDD));
+      fstore(to + (12 + j) * ROWS, _mm512_shuffle_f32x4(odd, odd_8, 0xDD));
+    }
+  }
 
   static Operand operand(I bytes) { return bytes; }
   /* Add the products of four bytes of each row with four signed bytes of x. */

@@ -33,6 +33,16 @@ struct Simd {
   static I load(const void *p) {
     return each<I>([p](int i) { return vld1q_u8(static_cast<const uint8_t *>(p) + 16 * i); });
   }
+  static void store(void *p, I v) {
+    for (int i = 0; i < 4; ++i) vst1q_u8(static_cast<uint8_t *>(p) + 16 * i, v.part[i]);
+  }
+  /* The low bytes of four integers of each row, side by side. */
+  static I words_of(const I (&v)[4]) {
+    return each<I>([&](int i) {
+      const uint32x4_t first = vsliq_n_u32(u32(v[0].part[i]), u32(v[1].part[i]), 8);
+      return u8(vsliq_n_u32(vsliq_n_u32(first, u32(v[2].part[i]), 16), u32(v[3].part[i]), 24));
+    });
+  }
   static I set(int32_t v) {
     return each<I>([v](int) { return u8(vdupq_n_s32(v)); });
   }

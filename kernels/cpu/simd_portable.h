@@ -47,6 +47,12 @@ struct Simd {
   static I add(const I &a, const I &b) {
     return rows<I>([&](int r) { return a.row[r] + b.row[r]; });
   }
+  /* The low bytes of four integers of each row, side by side. */
+  static I words_of(const I (&v)[4]) {
+    return rows<I>([&](int r) {
+      return (v[0].row[r] & 255u) | (v[1].row[r] & 255u) << 8 | (v[2].row[r] & 255u) << 16 | v[3].row[r] << 24;
+    });
+  }
   static int32_t sum(const I &a) {
     uint32_t total = 0;
     for (const uint32_t v : a.row) total += v;

@@ -109,23 +109,30 @@ def misses(cases: Sequence[Case], found: dict[str, list[NDArray[np.float64]]]) -
 def build(case: Case) -> tuple[bytes, Answer]:
     """Return a case as the harness reads it, and its answer."""
     rng = np.random.default_rng(case.seed)
-    weight, w = _weight(case.weight, rng)
+    weight, w = random_weight(case.weight, rng)
     if case.gather:
         rows = rng.integers(0, case.weight.n, case.m)
         call = (1, weight, _no_weight(), rows.astype("<i8").tobytes(), b"", b"")
         y = w[rows]
         return _call(case, *call), Answer(y, np.abs(y) * (HALF_ULP[case.type] + 4 * HALF_ULP[F32]) + 1e-30)
-    x = _floats(rng.standard_normal((case.m, case.weight.k + case.gap)), case.type)
+    x = nearest(rng.standard_normal((case.m, case.weight.k + case.gap)), case.type)
     if case.identity:
         x = np.eye(case.m, case.weight.k + case.gap)
-    bias = _floats(rng.standard_normal(case.weight.n), case.type) if case.bias else None
+    bias = nearest(rng.standard_normal(case.weight.n), case.type) if case.bias else None
     low, left = _no_weight(), np.zeros((case.weight.n, 0))
     if case.rank:
         sizes = Sizes(n=case.weight.n, k=case.rank, bits=8, zero=128.0, unit=1 / 128)
-        low, left = _weight(sizes, rng)
-    t = _floats(rng.standard_normal((case.m, case.rank)), case.type)
+        low, left = random_weight(sizes, rng)
+    t = nearest(rng.standard_normal((case.m, case.rank)), case.type)
     cut = x.size - case.gap if case.m else 0
-    call = (0, weight, low, _pack(x.ravel()[:cut], case.type), _pack(bias, case.type), _pack(t, case.type))
+    call = (
+        0,
+        weight,
+        low,
+        packed_values(x.ravel()[:cut], case.type),
+        packed_values(bias, case.type),
+        packed_values(t, case.type),
+    )
     parts = (x[:, : case.weight.k], w, bias, t @ left.T, np.abs(t) @ np.abs(left.T))
     answer = Answer(w.T, np.zeros(w.T.shape)) if case.identity else _answer(case, *parts)
     return _call(case, *call), answer
@@ -165,7 +172,7 @@ def _units(codes: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
     return np.concatenate(units, axis=3).transpose(0, 2, 3, 1)
 
 
-def _weight(sizes: Sizes, rng: np.random.Generator) -> tuple[bytes, NDArray[np.float64]]:
+def random_weight(sizes: Sizes, rng: np.random.Generator) -> tuple[bytes, NDArray[np.float64]]:
     """Return a random weight as the harness reads it, and W in float64."""
     codes = rng.integers(0, 2**sizes.bits, (sizes.n, sizes.k), dtype=np.uint8)
     blocks = -(-sizes.n // sizes.table_rows) if sizes.table_rows else 1
@@ -175,27 +182,27 @@ def _weight(sizes: Sizes, rng: np.random.Generator) -> tuple[bytes, NDArray[np.f
     elif sizes.table_type == U8:
         table = rng.integers(0, 256, shape).astype(np.float64)
     else:
-        table = _floats(sizes.zero + 128 * rng.standard_normal(shape), F16)
-    scale = _floats(rng.uniform(0.5, 2.0, (-(-sizes.n // 16) * 16, len(sizes.groups))), sizes.scale_type)
+        table = nearest(sizes.zero + 128 * rng.standard_normal(shape), F16)
+    scale = nearest(rng.uniform(0.5, 2.0, (-(-sizes.n // 16) * 16, len(sizes.groups))), sizes.scale_type)
     column_group = np.concatenate([np.full(s.stop - s.start, i) for i, s in enumerate(sizes.groups)])
     block = np.arange(sizes.n) // (sizes.table_rows or sizes.n)
     w = (table[block[:, None], codes] - sizes.zero) * np.float32(sizes.unit) * scale[: sizes.n, column_group]
     ordered = scale.reshape(-1, 16, len(sizes.groups)).transpose(0, 2, 1)
     numbers = (sizes.n, sizes.k, sizes.group, sizes.table_rows, sizes.bits, sizes.table_type, sizes.scale_type)
     head = struct.pack("<7q2d", *numbers, sizes.zero, sizes.unit)
-    parts = (c16(codes, sizes), _pack(table, sizes.table_type), _pack(ordered, sizes.scale_type))
-    return head + b"".join(_blob(part) for part in parts), w
+    parts = (c16(codes, sizes), packed_values(table, sizes.table_type), packed_values(ordered, sizes.scale_type))
+    return head + b"".join(blob(part) for part in parts), w
 
 
 def _no_weight() -> bytes:
-    return struct.pack("<7q2d", *[0] * 9) + 3 * _blob(b"")
+    return struct.pack("<7q2d", *[0] * 9) + 3 * blob(b"")
 
 
 def _call(case: Case, kind: int, weight: bytes, low: bytes, x: bytes, bias: bytes, low_x: bytes) -> bytes:
     strides = (case.weight.k + case.gap, case.weight.n + case.gap)
     numbers = (case.m, *strides, case.type, case.mode, case.activation, case.threads, y_bytes(case))
     head = struct.pack("<8q", *numbers)
-    return struct.pack("<q", kind) + weight + low + head + b"".join(_blob(part) for part in (x, bias, low_x))
+    return struct.pack("<q", kind) + weight + low + head + b"".join(blob(part) for part in (x, bias, low_x))
 
 
 def _answer(
@@ -251,7 +258,7 @@ def active(y: NDArray[np.float64], activation: int) -> NDArray[np.float64]:
     return y / (1 + np.exp(-y)) if activation == SILU else y
 
 
-def _floats(values: NDArray[np.float64], kind: int) -> NDArray[np.float64]:
+def nearest(values: NDArray[np.float64], kind: int) -> NDArray[np.float64]:
     """Return the nearest values of a type, in float64."""
     if kind == BF16:
         word = values.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -260,7 +267,7 @@ def _floats(values: NDArray[np.float64], kind: int) -> NDArray[np.float64]:
     return values.astype(np.float16 if kind == F16 else np.float32).astype(np.float64)
 
 
-def _pack(values: NDArray[np.float64] | None, kind: int) -> bytes:
+def packed_values(values: NDArray[np.float64] | None, kind: int) -> bytes:
     if values is None:
         return b""
     if kind == BF16:
@@ -268,7 +275,7 @@ def _pack(values: NDArray[np.float64] | None, kind: int) -> bytes:
     return values.astype({U8: "u1", F16: "<f2", F32: "<f4"}[kind]).tobytes()
 
 
-def _blob(data: bytes) -> bytes:
+def blob(data: bytes) -> bytes:
     return struct.pack("<q", len(data)) + data
 
 
