@@ -1,11 +1,24 @@
-"""The operators of onnx_ops.py as functions of standard ONNX operators, put together from onnx_parts.py."""
+"""The operators of onnx_ops.py as functions of standard ONNX operators, put together from the parts beside."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .lut_conv import ConvSpec
 from .lut_spec import LutSpec
-from .onnx_ops import DECODE, DOMAIN, GATHERS, LINEAR_OPS, LinearOp, onnx_attributes
+from .onnx_conv_part import CONV_INT8
+from .onnx_ops import (
+    CONV_OPS,
+    DECODE,
+    DOMAIN,
+    GATHERS,
+    LINEAR_OPS,
+    Attributes,
+    ConvOp,
+    LinearOp,
+    conv_attributes,
+    onnx_attributes,
+)
 from .onnx_parts import (
     ACTIVATIONS,
     CONSTANTS,
@@ -26,11 +39,18 @@ def onnx_function(op: str, opset: int) -> onnx.FunctionProto:
     import onnx.parser
 
     inputs, output, body = _signature(op)
-    spec = LutSpec(n=1, k=1, bits=3 if op in LINEAR_OPS and LINEAR_OPS[op].planes else 1)
-    left = LutSpec(n=1, k=1, bits=1) if "left_codes" in inputs else None
-    names = ", ".join(onnx_attributes(op, spec, 1, left))
+    names = ", ".join(_attributes(op, "left_codes" in inputs))
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op} <{names}> ({", ".join(inputs)}) => ({output}) {{'
     return onnx.parser.parse_function(text + CONSTANTS + body + "}")
+
+
+def _attributes(op: str, low_rank: bool) -> Attributes:
+    """Return the attributes of an operator, of some weight."""
+    if op in CONV_OPS:
+        spec = LutSpec(n=1, k=4, bits=3 if CONV_OPS[op].planes else 1)
+        return conv_attributes(spec, 1, ConvSpec(channels=1, kernel=(1, 1)))
+    spec = LutSpec(n=1, k=1, bits=3 if op in LINEAR_OPS and LINEAR_OPS[op].planes else 1)
+    return onnx_attributes(op, spec, 1, LutSpec(n=1, k=1, bits=1) if low_rank else None)
 
 
 def _signature(op: str) -> tuple[tuple[str, ...], str, str]:
@@ -39,6 +59,8 @@ def _signature(op: str) -> tuple[tuple[str, ...], str, str]:
         return ("codes", "table", "scale"), "W", DECODE_STREAM
     if op in GATHERS.values():
         return ("indices", "codes", "table", "scale"), "y", GATHER_ROWS
+    if op in CONV_OPS:
+        return ("x", "codes", "table", "scale", "bias"), "y", _conv(CONV_OPS[op])
     form = LINEAR_OPS[op]
     return form.inputs, "y", _linear(form)
 
@@ -56,6 +78,14 @@ def _linear(op: LinearOp) -> str:
     result = "biased" if op.activation else "y"
     parts.append(f"{result} = Add ({total}, bias)\n")
     return "".join([*parts, ACTIVATIONS[op.activation]])
+
+
+def _conv(op: ConvOp) -> str:
+    decode = _weight(PLANES if op.planes else ONE_PLANE, "")
+    end = (
+        "biased = Add (product, bias_planes)\n" + ACTIVATIONS["relu"] if op.relu else "y = Add (product, bias_planes)\n"
+    )
+    return decode + CONV_INT8 + end
 
 
 def _weight(index: str, prefix: str) -> str:

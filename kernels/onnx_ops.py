@@ -3,6 +3,7 @@
     LutDecode(codes, table, scale) -> W               layout "rows", the stream of pack.py; never in our library
     LutGather[Float16|Bfloat16](indices, codes, table, scale) -> W[indices]                    layout "c16"
     LutLinear(x, codes, table, scale, bias[, t, left_codes, left_table, left_scale]) -> y      layout "c16"
+    Lut[Planes]ConvInt8[Relu](x, codes, table, scale, bias) -> y              layout "c16" of the matrix of lut_conv.py
 
 y = act(x W^T + t L^T + bias). Each form of LutLinear is an operator of its own, because a function body cannot switch
 on a string: `Lut[Planes]Linear[Int8][LowRank][Relu|Gelu|GeluTanh|Silu]`, Planes for codes of 3 bits. x, bias, t and y
@@ -19,6 +20,7 @@ from typing import TypeAlias
 import torch
 
 from . import layout
+from .lut_conv import ConvSpec
 from .lut_spec import ACTIVATIONS, BLOCK, MODES, RUN, STEP, Activation, LutSpec, Mode, refusal
 from .pack import word
 
@@ -58,7 +60,26 @@ LINEAR_OPS: dict[str, LinearOp] = {
     for mode, activation, low_rank, planes in itertools.product(MODES, ACTIVATIONS, (False, True), (False, True))
     for op in (LinearOp(mode=mode, activation=activation, low_rank=low_rank, planes=planes),)
 }
-ONNX_OPS: tuple[str, ...] = (DECODE, *GATHERS.values(), *LINEAR_OPS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvOp:
+    """One form of LutConvInt8; `planes` = codes of 3 bits, in a plane of 2 and one of 1."""
+
+    relu: bool = False
+    planes: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"Lut{'Planes' if self.planes else ''}ConvInt8{'Relu' if self.relu else ''}"
+
+
+CONV_OPS: dict[str, ConvOp] = {
+    op.name: op
+    for relu, planes in itertools.product((False, True), (False, True))
+    for op in (ConvOp(relu=relu, planes=planes),)
+}
+ONNX_OPS: tuple[str, ...] = (DECODE, *GATHERS.values(), *LINEAR_OPS, *CONV_OPS)
 
 
 def linear_op(
@@ -105,6 +126,18 @@ def onnx_attributes(op: str, spec: LutSpec, dtype: int, left: LutSpec | None = N
         found |= {f"left_{key}": value for key, value in (_weight(left) | _blocks(left) | _fields(left)).items()}
         found["rank"] = left.k
     return found
+
+
+def conv_attributes(spec: LutSpec, dtype: int, conv: ConvSpec) -> Attributes:
+    """Return the attributes of a LutConvInt8; `spec` describes the matrix that the kernel multiplies by."""
+    (height, width), (top, left, bottom, right) = conv.kernel, conv.pads
+    found = _weight(spec) | {"layout": "c16", "dtype": dtype} | _blocks(spec) | _fields(spec)
+    found |= {"channels": conv.channels, "kernel_h": height, "kernel_w": width}
+    found |= {"stride_h": conv.stride[0], "stride_w": conv.stride[1]}
+    found |= {"dilation_h": conv.dilation[0], "dilation_w": conv.dilation[1]}
+    found |= {"pad_top": top, "pad_left": left, "pad_bottom": bottom, "pad_right": right}
+    of_body = {"strides": list(conv.stride), "dilations": list(conv.dilation), "pads": list(conv.pads)}
+    return found | of_body | {"taps": [height, width, conv.filled_channels, spec.n]}
 
 
 def _weight(spec: LutSpec) -> Attributes:

@@ -26,6 +26,8 @@ constexpr Activation kActivations[] = {{"", PAREDOWN_NONE},
 
 /* Planes, Int8, LowRank: yes and no of each. */
 constexpr size_t kNames = 2 * 2 * 2 * (sizeof kActivations / sizeof *kActivations), kTypes = 3;
+/* Planes, Relu. */
+constexpr size_t kConvs = 2 * 2;
 
 /* The operators for one onnxruntime in this process, made once and kept: the library is never unloaded (build.py). */
 struct Registration {
@@ -37,6 +39,7 @@ struct Registration {
   LinearOperator linear[kNames * kTypes] = {}, cuda[kNames * kTypes] = {};
   size_t on_cuda = 0;
   GatherOperator gather[kTypes] = {};
+  ConvOperator conv[kConvs * kTypes] = {};
 };
 
 Registration::Registration(const Api *runtime) noexcept : api(runtime) {
@@ -56,6 +59,15 @@ Registration::Registration(const Api *runtime) noexcept : api(runtime) {
     gather[i].api = runtime, gather[i].type = kFloats[i], gather[i].text = kGathers[i];
     make_gather(&gather[i]);
   }
+  made = 0;
+  for (int kind = 0; kind < 4; ++kind)
+    for (Type type : kFloats) {
+      ConvOperator &op = conv[made++];
+      op.api = runtime, op.type = type, op.planes = kind & 1;
+      op.activation = kind & 2 ? PAREDOWN_RELU : PAREDOWN_NONE;
+      snprintf(op.text, sizeof op.text, "Lut%sConvInt8%s", op.planes ? "Planes" : "", kind & 2 ? "Relu" : "");
+      make_conv(&op);
+    }
 }
 
 /* Whether this onnxruntime was built with the CUDA provider: operators for it cost every session time otherwise. */
@@ -76,6 +88,7 @@ Status *fill(Registration *made) noexcept {
   for (LinearOperator &op : made->linear) PAREDOWN_TRY(add_operator(api, domain, &op));
   for (size_t i = 0; cuda && i < made->on_cuda; ++i) PAREDOWN_TRY(add_operator(api, domain, &made->cuda[i]));
   for (GatherOperator &op : made->gather) PAREDOWN_TRY(add_operator(api, domain, &op));
+  for (ConvOperator &op : made->conv) PAREDOWN_TRY(add_operator(api, domain, &op));
   made->domain = domain;
   return nullptr;
 }

@@ -23,11 +23,21 @@ struct GatherOperator : Operator {
   const char *text;
 };
 
+/* Lut[Planes]ConvInt8[Relu]: act(x * W + bias), a convolution of one group; x, bias, y of one type. */
+struct ConvOperator : Operator {
+  const Api *api;
+  Type type;
+  bool planes;
+  paredown_activation activation;
+  char text[32];
+};
+
 /* Fill the members that onnxruntime calls; the others are set. */
 void make_linear(LinearOperator *made) noexcept;
 /* The same operator for onnxruntime's CUDA provider, where it `runs_on_cuda`; float32 is not multiplied exactly there. */
 bool runs_on_cuda(const LinearOperator &described) noexcept;
 void make_cuda_linear(LinearOperator *made) noexcept;
+void make_conv(ConvOperator *made) noexcept;
 void make_gather(GatherOperator *made) noexcept;
 
 }  // namespace paredown::ort

@@ -252,7 +252,7 @@ def test_halves_stay_halves(mode: Any) -> None:
 def test_the_bodies_hold_only_operators_that_tensorrt_takes() -> None:
     """All of them were parsed by TensorRT-RTX 1.7.1; shifts, masks and arithmetic on bytes are what it refuses."""
     taken = (
-        "Abs Add Cast Concat Constant Div Equal Erf Gather Less MatMul Min Mul Range ReduceMax ReduceSum Relu "
+        "Abs Add Cast Concat Constant Conv Div Equal Erf Gather Less MatMul Min Mul Range ReduceMax ReduceSum Relu "
         "Reshape Round Shape Sigmoid Slice Squeeze Sub Tanh Transpose Unsqueeze Where"
     )
     for op, opset in itertools.product(ONNX_OPS, (18, 22)):
