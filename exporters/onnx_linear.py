@@ -109,7 +109,7 @@ def _replace(root: ir.Graph, product: ir.Node, layer: Layer) -> None:
     dtype = dtype_of(layer.weight)
     bias = None if tail.bias is None else place.cast(tail.bias, dtype)
     tail = replace(tail, bias=bias)
-    take_over(tail.result, _product(place, place.cast(_before_marks(x), dtype), layer, tail))
+    take_over(tail.result, _product(place, place.cast(before_marks(x), dtype), layer, tail))
     remove_dead(tail.last)
 
 
@@ -165,7 +165,7 @@ def _lut(place: Place, x: ir.Value, layer: Layer, tail: _Tail, low: tuple[ir.Val
     spec, mode = packed.lut_spec(weight), _mode(layer)
     left_spec = packed.lut_spec(left) if isinstance(left, Uniform | Codebook) else None
     op = linear_op(spec, mode=mode, activation=tail.activation, left=left_spec)
-    bias = _no_bias(place, weight.dtype) if tail.bias is None else tail.bias
+    bias = no_bias(place, weight.dtype) if tail.bias is None else tail.bias
     inputs = [x, *parts(place, weight, layer.name), bias]
     if low is not None:
         assert isinstance(left, Uniform | Codebook)
@@ -178,7 +178,7 @@ def _mode(layer: Layer) -> Mode:
     return "int8" if layer.rounds else "exact"
 
 
-def _no_bias(place: Place, dtype: torch.dtype) -> ir.Value:
+def no_bias(place: Place, dtype: torch.dtype) -> ir.Value:
     return place.initializer(f"no_bias.{str(dtype).removeprefix('torch.')}", torch.zeros(1, dtype=dtype))
 
 
@@ -200,12 +200,12 @@ def _tail(product: ir.Node, weight: Weight) -> _Tail:
     last = product
     if not _takes_tail(weight):
         return _Tail(last=last, bias=bias)
-    last = _after_marks(last)
-    add = _only_reader(last.outputs[0], "Add")
+    last = after_marks(last)
+    add = only_reader(last.outputs[0], "Add")
     if bias is None and add is not None:
         (other,) = [value for value in add.inputs if value is not last.outputs[0]] or [None]
         if _is_vector(other, weight.shape[0]):
-            bias, last = other, _after_marks(add)
+            bias, last = other, after_marks(add)
     activation, end = _activation(last.outputs[0])
     return _Tail(last=end or last, bias=bias, activation=activation)
 
@@ -229,33 +229,33 @@ def _part_bias(root: ir.Graph, product: ir.Node, rows: int) -> None:
 
 def _activation(value: ir.Value) -> tuple[Activation, ir.Node | None]:
     """Return the activation that alone reads a value, and the node that makes its result."""
-    if relu := _only_reader(value, "Relu"):
+    if relu := only_reader(value, "Relu"):
         return "relu", relu
-    if gelu := _only_reader(value, "Gelu"):
+    if gelu := only_reader(value, "Gelu"):
         kind = gelu.attributes.get_string("approximate", "none")
         return ("gelu_tanh" if kind == "tanh" else "gelu"), gelu
     users = {use.node.op_type: use.node for use in value.uses()}
     if len(value.uses()) != 2 or set(users) != {"Sigmoid", "Mul"} or value.is_graph_output():
         return "", None
     gate = users["Sigmoid"].outputs[0]
-    return ("silu", users["Mul"]) if _only_reader(gate, "Mul") is users["Mul"] else ("", None)
+    return ("silu", users["Mul"]) if only_reader(gate, "Mul") is users["Mul"] else ("", None)
 
 
-def _only_reader(value: ir.Value, op: str) -> ir.Node | None:
+def only_reader(value: ir.Value, op: str) -> ir.Node | None:
     """Return the one operator of a kind that reads a value, None where anything else does."""
     uses = list(value.uses())
     one = len(uses) == 1 and uses[0].node.op_type == op and not uses[0].node.domain and not value.is_graph_output()
     return uses[0].node if one else None
 
 
-def _after_marks(node: ir.Node) -> ir.Node:
+def after_marks(node: ir.Node) -> ir.Node:
     """Return the last of the Identity nodes that follow a node alone: marks of the trace."""
-    while (mark := _only_reader(node.outputs[0], "Identity")) is not None:
+    while (mark := only_reader(node.outputs[0], "Identity")) is not None:
         node = mark
     return node
 
 
-def _before_marks(value: ir.Value) -> ir.Value:
+def before_marks(value: ir.Value) -> ir.Value:
     """Return what the Identity nodes before a value read."""
     while (maker := value.producer()) is not None and maker.op_type == "Identity" and maker.inputs[0] is not None:
         value = maker.inputs[0]

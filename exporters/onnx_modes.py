@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import onnx
 
-from ..kernels.onnx_ops import DECODE, DOMAIN, LINEAR_OPS
+from ..kernels.onnx_ops import CONV_OPS, DECODE, DOMAIN, LINEAR_OPS
 from ..optimizer.model import Model
 from ..optimizer.weight import Dense, LowRank, Sum, Weight
 
@@ -25,6 +25,8 @@ def modes(path: Path, model: Model, integers: frozenset[str]) -> dict[str, Mode]
     for node in onnx.load(path, load_external_data=False).graph.node:
         if node.domain == DOMAIN:
             mode: Mode = "decoded" if node.op_type == DECODE else "exact"
+            if node.op_type in CONV_OPS:
+                mode = "int8 dynamic"
             if node.op_type in LINEAR_OPS and LINEAR_OPS[node.op_type].mode == "int8":
                 mode = "int8 dynamic"
             for value in node.input:

@@ -1,8 +1,9 @@
 """Replace the dense weights of an ONNX graph by their packed forms.
 
-A linear layer becomes one operator that multiplies by the codes (`onnx_linear`), an embedding `paredown::LutGather`. A
-convolution by a low rank becomes two, the second 1x1. Every other use of a weight (convolution, recurrent matrices)
-reads `paredown::LutDecode`, reshaped to the parameter. Uses of one weight share its tensors.
+A linear layer becomes one operator that multiplies by the codes (`onnx_linear`), an embedding `paredown::LutGather`, a
+convolution that rounds its inputs `paredown::LutConvInt8` (`onnx_conv`). A convolution by a low rank becomes two, the
+second 1x1. Every other use of a weight (other convolutions, recurrent matrices) reads `paredown::LutDecode`, reshaped
+to the parameter. Uses of one weight share its tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..optimizer import packed
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
 from ..optimizer.weight import Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
+from .onnx_conv import replace_convolutions
 from .onnx_linear import Layer, decoded, dtype_of, gather, replace_products
 from .onnx_place import Place, is_turn, number, place_of, readers, take_over
 
@@ -60,6 +62,8 @@ def _replace(graph: ir.Graph, value: ir.Value, stored: _Stored, model: Model) ->
         for node in list(_convolutions(value, layout)):
             _divide(graph, node, weight, stored)
     rounds = stored.name in model.dynamic
+    if rounds and layout.kind == "conv" and isinstance(weight, Uniform | Codebook):
+        replace_convolutions(graph, value, layout, Layer(name=stored.name, weight=weight, rounds=True))
     replace_products(graph, value, layout, Layer(name=stored.name, weight=weight, rounds=rounds))
     if isinstance(weight, Uniform | Codebook) and not packed.lookup_refusal(weight):
         for node in list(_lookups(value, layout)):

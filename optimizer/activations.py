@@ -47,7 +47,7 @@ def check_none(model: Model, asked: str) -> None:
     if model.dynamic and asked == "int8":
         raise RecipeError(
             "activations: int8 does not go with activations: dynamic of an earlier step",
-            fix="use one of them in every step; int8 is for convolutions, dynamic for linear layers",
+            fix="use one of them in every step; int8 is for 8-bit weights, dynamic for what kernels multiply by",
         )
 
 

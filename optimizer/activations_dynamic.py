@@ -1,6 +1,7 @@
 """Dynamic int8 activations: which layers round their inputs to signed bytes at run time, and torch's form of that.
 
     round_inputs    rint(x * (127 / max |x|)) * (max |x| / 127) for each run of up to 128 inputs within a group
+    round_images    the same, for all values of each image that is convolved
     low_rank_rest   y + ((x - rounded) R^T) L^T: a low rank beside the codes sees what rounding left off, since kernels
                     multiply it by the inputs as they are
 
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx
 
-from ..kernels import lut_reference
+from ..kernels import lut_conv, lut_reference
 from . import packed
 from .errors import RecipeError
 from .graph import Graph, Site
@@ -28,12 +29,14 @@ from .weight import LowRank
 
 _LIBRARY: Any = torch.library.Library("paredown", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("round_inputs(Tensor x, int group) -> Tensor")
+_LIBRARY.define("round_images(Tensor x) -> Tensor")
 _LIBRARY.define("low_rank_rest(Tensor y, Tensor x, Tensor rounded, Tensor right, Tensor left) -> Tensor")
 
 
-def operators() -> tuple[Any, Any]:
-    """Return `round_inputs` and `low_rank_rest` as a graph holds them; the second gives its first argument's shape."""
-    return torch.ops.paredown.round_inputs.default, torch.ops.paredown.low_rank_rest.default
+def operators() -> tuple[Any, ...]:
+    """Return the operators as a graph holds them, in the order above; each gives its first argument's shape."""
+    ops = torch.ops.paredown
+    return ops.round_inputs.default, ops.round_images.default, ops.low_rank_rest.default
 
 
 def mark(decisions: Sequence[Decision], uses: Mapping[str, Sequence[Site]]) -> tuple[Decision, ...]:
@@ -41,8 +44,9 @@ def mark(decisions: Sequence[Decision], uses: Mapping[str, Sequence[Site]]) -> t
     able = {decision.layer for decision in decisions if not _refused(decision, uses)}
     if not able:
         raise RecipeError(
-            "activations: dynamic needs a linear layer of evenly spaced levels or int8 tables, the step has none",
-            fix="use table: int8, or leave activations out",
+            "activations: dynamic needs a layer of evenly spaced levels or int8 tables with an int8 kernel (linear, "
+            "convolution of one group), the step has none",
+            fix="use table: int8, and group: 0 for convolutions, or leave activations out",
         )
     return tuple(replace(x, activations="dynamic") if x.layer in able else x for x in decisions)
 
@@ -66,8 +70,8 @@ def apply(model: Model, decisions: Sequence[Decision], graph: Graph) -> tuple[Mo
 def insert(graph: fx.Graph, captured: Graph, model: Model) -> dict[str, Tensor]:
     """Round the inputs of `model.dynamic` in a copy of the captured graph; return the constants that it then reads."""
     held: dict[str, Tensor] = {}
-    known: dict[tuple[fx.Node, int], fx.Node] = {}
-    sites = {name: site for name, (site, *_) in captured.sites.items() if site.kind == "linear"}
+    known: dict[tuple[Any, ...], fx.Node] = {}
+    sites = {name: site for name, (site, *_) in captured.sites.items() if site.kind in ("linear", "conv")}
     for node in list(graph.nodes):
         site = sites.get(node.name)
         if site is None or site.param not in model.dynamic:
@@ -75,9 +79,10 @@ def insert(graph: fx.Graph, captured: Graph, model: Model) -> dict[str, Tensor]:
         found = packed.terms(model.weights[site.param])
         assert found is not None
         x = node.args[site.operand]
-        key = (x, found.base.group)
+        inputs, images, _ = operators()
+        target, key = (images, (x,)) if site.kind == "conv" else (inputs, (x, found.base.group))
         if key not in known:
-            known[key] = _call_before(graph, node, operators()[0], key, x)
+            known[key] = _call_before(graph, node, target, key, x)
         node.update_arg(site.operand, known[key])
         if found.low is not None:
             _add_rest(graph, node, (x, known[key]), _factors(held, site.param, found.low))
@@ -102,7 +107,7 @@ def _call_before(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, .
 
 def _add_rest(graph: fx.Graph, node: fx.Node, inputs: tuple[fx.Node, fx.Node], constants: tuple[str, str]) -> None:
     with graph.inserting_after(node):
-        made = graph.call_function(operators()[1], (node, *inputs))
+        made = graph.call_function(operators()[2], (node, *inputs))
     made.meta = {key: node.meta[key] for key in ("nn_module_stack", "val") if key in node.meta}
     node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
     with graph.inserting_before(made):
@@ -114,11 +119,14 @@ def _refused(decision: Decision, uses: Mapping[str, Sequence[Site]]) -> bool:
     if not decision.method or _site_reason(uses.get(decision.layer, ())):
         return True
     made = decision.spec.format
+    layouts = [site.layout for site in uses[decision.layer]]
+    if any(layout.kind == "conv" and 0 < made.group < layout.matrix_shape[1] for layout in layouts):
+        return True
     return decision.method != "uniform" and getattr(made, "table", "int8") != "int8"
 
 
 def _reason(model: Model, name: str, uses: Mapping[str, Sequence[Site]]) -> str:
-    return _site_reason(uses.get(name, ())) or packed.int8_refusal(model.weights[name])
+    return _site_reason(uses.get(name, ())) or packed.dynamic_refusal(model.weights[name], model.layouts[name])
 
 
 def _site_reason(sites: Sequence[Site]) -> str:
@@ -126,9 +134,15 @@ def _site_reason(sites: Sequence[Site]) -> str:
     products = [site for site in sites if site.kind != "embedding"]
     if not products:
         return "an embedding multiplies nothing" if sites else "no operator that paredown knows multiplies it"
-    other = next((site.kind for site in products if site.kind != "linear"), "")
-    if other:
-        return {"recurrent": "recurrent operators have no int8 kernel"}.get(other, "convolutions have no int8 kernel")
+    kinds = {site.kind for site in products}
+    if "recurrent" in kinds:
+        return "recurrent operators have no int8 kernel"
+    if "conv_transpose" in kinds:
+        return "transposed convolutions have no int8 kernel"
+    if kinds == {"conv", "linear"}:
+        return "both a linear layer and a convolution use it"
+    if kinds == {"conv"} and (reason := packed.conv_shape_refusal(products[0].layout)):
+        return reason
     rows = products[0].layout.matrix_shape[0]
     return "" if all((site.first, site.count) == (0, rows) for site in products) else "it is used in parts"
 
@@ -136,6 +150,10 @@ def _site_reason(sites: Sequence[Site]) -> str:
 def round_inputs(x: Float[Tensor, "... k"], group: int) -> Float[Tensor, "... k"]:
     """Return inputs rounded to signed bytes, times their scales, in the dtype of x."""
     return lut_reference.round_inputs(x, group).to(x.dtype).contiguous()
+
+
+def _round_images(x: Tensor) -> Tensor:
+    return lut_conv.round_images(x).to(x.dtype).contiguous()
 
 
 def _low_rank_rest(y: Tensor, x: Tensor, rounded: Tensor, right: Tensor, left: Tensor) -> Tensor:
@@ -148,6 +166,8 @@ def _like(x: Tensor, *others: object) -> Tensor:
 
 
 _LIBRARY.impl("round_inputs", round_inputs, "CompositeExplicitAutograd")
+_LIBRARY.impl("round_images", _round_images, "CompositeExplicitAutograd")
 _LIBRARY.impl("low_rank_rest", _low_rank_rest, "CompositeExplicitAutograd")
 torch.library.register_fake("paredown::round_inputs", _like, lib=_LIBRARY)
+torch.library.register_fake("paredown::round_images", _like, lib=_LIBRARY)
 torch.library.register_fake("paredown::low_rank_rest", _like, lib=_LIBRARY)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import layout as kernel_layout
-from ..kernels import onnx_ops
+from ..kernels import lut_conv, onnx_ops
+from ..kernels.lut_conv import ConvSpec
 from ..kernels.lut_spec import LutParts, LutSpec, Mode
 from ..kernels.lut_spec import refusal as lut_spec_refusal
 from .weight import Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
@@ -98,6 +99,37 @@ def int8_refusal(weight: Weight) -> str:
             return "a sum of this form has no kernel" if found is None else refusal(found.base, "int8")
 
 
+def conv_parts(weight: Coded, conv: ConvSpec) -> LutParts:
+    """Return the tensors that the kernel of a convolution uses in place."""
+    spec = lut_conv.tap_spec(lut_spec(weight), conv)
+    codes = kernel_layout.pack(lut_conv.tap_codes(weight.codes, conv), spec)
+    return LutParts(codes=codes, table=lut_table(weight), scale=kernel_layout.pack_scale(weight.scale, spec))
+
+
+def dynamic_refusal(weight: Weight, layout: Layout) -> str:
+    """Return why a layer, a convolution too, cannot take inputs that are rounded to int8, "" where it can."""
+    if layout.kind != "conv":
+        return int8_refusal(weight)
+    if reason := conv_shape_refusal(layout):
+        return reason
+    match weight:
+        case Uniform() | Codebook():
+            _, channels, height, width = layout.shape
+            conv = ConvSpec(channels=channels, kernel=(height, width))
+            return lut_conv.refusal(lut_spec(weight), conv) or refusal(weight, "int8")
+        case Dense():
+            return "its weights are floats"
+        case _:
+            return "a sum or a product of weights is not convolved in int8"
+
+
+def conv_shape_refusal(layout: Layout) -> str:
+    """Return why no weight of this layout is convolved in int8, "" where one is."""
+    if layout.groups != 1:
+        return f"a convolution of {layout.groups} groups has no int8 kernel"
+    return "" if len(layout.shape) == 4 else f"a convolution in {len(layout.shape) - 2} dimensions has no int8 kernel"
+
+
 def low_refusal(low: LowRank) -> str:
     """Return why a kernel cannot add a low rank itself, "" where it can."""
     left = low.left
@@ -108,8 +140,10 @@ def low_refusal(low: LowRank) -> str:
 
 def decoded_because(weight: Weight, layout: Layout) -> str:
     """Return why a weight is decoded to floats when a file is loaded, as far as its form says it."""
-    if layout.kind in ("conv", "conv_transpose"):
-        return "convolutions have no kernel"
+    if layout.kind == "conv_transpose":
+        return "transposed convolutions have no kernel"
+    if layout.kind == "conv":
+        return dynamic_refusal(weight, layout) or "exact convolutions have no kernel, activations: dynamic has one"
     coded = list(_coded(weight))
     reasons = [reason for part in coded if (reason := refusal(part))]
     return reasons[0] if reasons else "what multiplies it is no linear layer or embedding"

@@ -53,8 +53,8 @@ class Spec:
     reestimate: match the spread of folded normalizations too. Both corrections are kept only where the part
     `held_out` of the calibration data, which nothing else sees, has a smaller output error with them.
     activations: "int8" lets layers of 8-bit uniform weights compute in integers, on grids of their inputs and outputs
-    whose ends `range` and `percentile` choose (`activations_range.Rule`); "dynamic" lets linear layers round their
-    inputs at run time, each run of 128 by its largest value.
+    whose ends `range` and `percentile` choose (`activations_range.Rule`); "dynamic" lets linear layers and
+    convolutions round their inputs at run time, each run of 128, or each image, by its largest value.
     """
 
     quantizer: str = "lnq"

@@ -22,7 +22,7 @@ from .checkpoint import read_safetensors
 from .entry import build_module, resolve_from_files
 from .errors import InputError
 from .model import ActQuant, InputSpec, Model, Source, SourceFile, skeleton_of
-from .packed import int8_refusal
+from .packed import dynamic_refusal
 from .weight import Dense, Layout, Weight, rebuild
 
 SCHEMA = "paredown.model/1"
@@ -129,15 +129,15 @@ def _assemble(
         source=source,
         acts={name: ActQuant(**act) for name, act in data["acts"].items()},
         edits=tuple(data["edits"]),
-        dynamic=_dynamic(data, weights),
+        dynamic=_dynamic(data, weights, layouts),
     )
 
 
-def _dynamic(data: Mapping[str, Any], weights: Mapping[str, Weight]) -> frozenset[str]:
+def _dynamic(data: Mapping[str, Any], weights: Mapping[str, Weight], layouts: Mapping[str, Layout]) -> frozenset[str]:
     """Return the layers that round their inputs; folders of version 0.1 name none."""
     found = frozenset(data.get("dynamic", ()))
     for name in sorted(found):
-        if name not in weights or int8_refusal(weights[name]):
+        if name not in weights or dynamic_refusal(weights[name], layouts[name]):
             raise ValueError(f'"{name}" cannot take inputs of int8')
     return found
 

@@ -45,17 +45,18 @@ def shown(found: dict[str, Any]) -> str:
 
 def test_a_run_with_rounded_inputs_tells_where(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
-    found = finished(here, monkeypatch, f"{STEP}, activations: dynamic")
+    found = finished(here, monkeypatch, f"{STEP}, group: 24, activations: dynamic")
     modes = {row["name"]: row["mode"] for row in found["layers"]}
     assert modes == {"conv1.weight": "decoded", "conv2.weight": "decoded", "linear.weight": "int8 dynamic"}
     assert store.load(here / "out").dynamic == {"linear.weight"}
     kept = {row["layer"]: row for row in found["decisions"] if "kept" in row and row["layer"] != "*"}
     assert kept["linear.weight"]["kept"] == "kmeans, 4 bits, inputs int8"
     assert kept["linear.weight"]["reason"] == "as the recipe says"
-    why = "as the recipe says; decoded to floats at load: convolutions have no kernel"
+    lacks = "its scales are of groups of 24 inputs, convolutions need one scale per row (group: 0)"
+    why = f"as the recipe says; decoded to floats at load: {lacks}"
     assert kept["conv1.weight"]["reason"] == kept["conv2.weight"]["reason"] == why
     notes = [row["reason"] for row in found["decisions"] if row["layer"] == "*"]
-    assert "inputs are not rounded: conv1, conv2 (convolutions have no int8 kernel)" in notes
+    assert f"inputs are not rounded: conv1, conv2 ({lacks})" in notes
     plan = yaml.safe_load((here / "out" / "plan.yaml").read_text())["steps"][0]["quantize"]
     assert [plan[name].get("activations") for name in modes] == [None, None, "dynamic"]
     assert computing(found) == (
@@ -81,6 +82,7 @@ def test_a_missing_library_is_a_row(here: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(not native.available(), reason="the CPU kernels were not built here")
 def test_the_library_computes_what_the_file_says(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = finished(here, monkeypatch, f"{STEP}, activations: dynamic")
+    assert {row["mode"] for row in found["layers"]} == {"int8 dynamic"}
     assert found["environment"]["kernels"] == ", ".join(native.isas())
     assert {row["runtime"] for row in found["verify"]} == {"onnxruntime with kernels"}
     assert not [row for row in found["decisions"] if row.get("fallback") == "portable bodies"]
@@ -96,7 +98,7 @@ def test_without_a_file_only_what_is_sure_is_told(here: Path, monkeypatch: pytes
     edit(here / "recipe.yaml", "export: [onnx]\n", "")
     found = finished(here, monkeypatch, f"{STEP}, activations: dynamic, skip: [conv2]")
     modes = {row["name"]: row["mode"] for row in found["layers"]}
-    assert modes == {"conv1.weight": None, "conv2.weight": "dense", "linear.weight": "int8 dynamic"}
+    assert modes == {"conv1.weight": "int8 dynamic", "conv2.weight": "dense", "linear.weight": "int8 dynamic"}
 
 
 def test_a_plan_is_replayed_with_its_activations(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +114,10 @@ def test_a_plan_is_replayed_with_its_activations(here: Path, monkeypatch: pytest
     [
         (f"{STEP}, activations: dynamical", "activations"),
         (
-            f"{STEP}, activations: dynamic, layers: [conv1, conv2]",
-            "activations: dynamic needs a linear layer of",
+            f"{STEP}, table: fp16, activations: dynamic, layers: [conv1, conv2]",
+            "activations: dynamic needs a layer of",
         ),
-        (f"{STEP}, table: fp16, activations: dynamic", "activations: dynamic needs a linear layer of"),
+        (f"{STEP}, table: fp16, activations: dynamic", "activations: dynamic needs a layer of"),
     ],
 )
 def test_bad_combinations_are_one_line(here: Path, monkeypatch: pytest.MonkeyPatch, changed: str, text: str) -> None:

@@ -162,7 +162,7 @@ def test_reasons_say_what_has_no_kernel() -> None:
     assert (found.base, found.low) == (book, low)
     matrix, image = Layout(kind="matrix", shape=(20, 24)), Layout(kind="conv", shape=(20, 24, 1, 1))
     assert decoded_because(made("codebook 5"), matrix) == "5 bits have no operator"
-    assert decoded_because(book, image) == "convolutions have no kernel"
+    assert decoded_because(book, image) == "exact convolutions have no kernel, activations: dynamic has one"
     assert decoded_because(book, matrix) == "what multiplies it is no linear layer or embedding"
 
 
