@@ -5,7 +5,8 @@ so that a size that the trace has baked in is seen.
 
 Where inputs are rounded at run time, two correct evaluations differ: a value near the middle of two codes falls to
 either side by the last bit of a sum, and what it moves makes others fall. How far, the network itself tells: torch is
-asked a second time, with parameters changed in their last bits, and a file may differ by `SLACK` times that.
+asked a second time, with parameters changed in their last bits, and a file may differ by `SLACK` times that, at most
+by `MOST`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ LAST_BITS = 2.0**-21
 """Spread of the relative change of parameters that stands for another order of sums: four steps of a float32."""
 SLACK = 2.0
 """How much further than torch from itself a file may be from torch."""
+MOST = 0.1
+"""What is never allowed: a network that its own last bits move further cannot be verified."""
+LEAST_MOVED_AGREEMENT = 0.9
 LEAST_AGREEMENT = 0.995
 """Part of the rows whose argmax int8 activations must keep, of outputs of `ENOUGH_ROWS` rows or more."""
 ENOUGH_ROWS = 200
@@ -171,8 +175,8 @@ def _allowed(model: Model, spec: Spec, want: Sequence[np.ndarray], again: Sequen
         return _Allowed(limit=limit, agreement=None)
     moved = max((difference(*pair)[1] for pair in zip(want, again, strict=True)), default=0.0)
     kept = argmax_agreement(want, again)
-    least = min(LEAST_AGREEMENT, 1 - SLACK * (1 - (1.0 if kept is None else kept)))
-    return _Allowed(limit=max(limit, SLACK * moved), agreement=least if _enough(want) else None)
+    least = min(LEAST_AGREEMENT, max(LEAST_MOVED_AGREEMENT, 1 - SLACK * (1 - (1.0 if kept is None else kept))))
+    return _Allowed(limit=max(limit, min(SLACK * moved, MOST)), agreement=least if _enough(want) else None)
 
 
 def _nudged(module: nn.Module, seed: int) -> nn.Module:
@@ -181,7 +185,8 @@ def _nudged(module: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():
-                change = 1 + LAST_BITS * torch.randn(parameter.shape, generator=generator)
+                spread = max(LAST_BITS, torch.finfo(parameter.dtype).eps / 2)
+                change = 1 + spread * torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(parameter.float() * change)
     return module
 

@@ -26,6 +26,9 @@ ACTIVATIONS: tuple[Activation, ...] = ("", "relu", "gelu", "gelu_tanh", "silu")
 BLOCK, STEP, RUN = 16, 32, 128
 """Rows of a block, inputs of a step, and the most inputs that share a scale in int8 mode (cpu/paredown.h)."""
 
+MOST = 1 << 40
+"""Sizes above this could overflow a count of bytes (cpu/weight.cpp)."""
+
 LEAST = 3.73219479e-37
 """A run whose largest input is smaller counts as zeros: 127 divided by it is no float32."""
 
@@ -45,7 +48,7 @@ class LutSpec:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits} is out of range; use 1 to 8")
-        if min(self.n, self.k) < 1 or min(self.group, self.table_rows) < 0:
+        if min(self.n, self.k) < 1 or min(self.group, self.table_rows) < 0 or self.table_rows > MOST:
             raise ValueError(f"({self.n}, {self.k}), group={self.group}, table_rows={self.table_rows} is no weight")
 
     @property

@@ -58,7 +58,8 @@ def apply(model: Model, decisions: Sequence[Decision], graph: Graph) -> tuple[Mo
     for decision in decisions:
         if decision.method:
             asked = decision.activations == "dynamic"
-            reason = _reason(model, decision.layer, uses) or ("" if asked else "the plan says so")
+            reason = _reason(model, decision.layer, uses) or _other_reader(graph, uses[decision.layer])
+            reason = reason or ("" if asked else "the plan says so")
             reasons.setdefault(reason, []).append(decision.layer)
     taken = reasons.pop("", [])
     notes = [f"dynamic int8 activations: the inputs of {len(taken)} layers are rounded at run time"]
@@ -127,6 +128,15 @@ def _refused(decision: Decision, uses: Mapping[str, Sequence[Site]]) -> bool:
 
 def _reason(model: Model, name: str, uses: Mapping[str, Sequence[Site]]) -> str:
     return _site_reason(uses.get(name, ())) or packed.dynamic_refusal(model.weights[name], model.layouts[name])
+
+
+def _other_reader(graph: Graph, sites: Sequence[Site]) -> str:
+    """Return that an operator which is no site of a weight reads it too, as one that rounds no inputs, "" if none."""
+    own = {site.node for site in sites}
+    others = graph.readers(sites[0].param) - own
+    # A view of the weight, such as its transpose, that only its sites read.
+    views = {node.name for node in graph.nodes if node.name in others and {user.name for user in node.users} <= own}
+    return "something else reads the weight too" if others - views else ""
 
 
 def _site_reason(sites: Sequence[Site]) -> str:

@@ -64,6 +64,11 @@ class Graph:
                 found.setdefault(site.param, []).append(site)
         return {param: tuple(sites) for param, sites in found.items()}
 
+    def readers(self, param: str) -> frozenset[str]:
+        """Return the nodes that read a parameter, sites or not, by name."""
+        held = [node for node in self.nodes if node.op == "placeholder" and self.values.get(node.name) == param]
+        return frozenset(user.name for node in held for user in node.users)
+
 
 def capture(module: nn.Module, example: tuple[Tensor, ...]) -> Graph:
     """Export a module in evaluation mode on one example.

@@ -46,7 +46,8 @@ def packed_module(model: Model) -> nn.Module:
     module = _exchanged(module, changed)
     fill(module, _values(model, frozenset(places)))
     left = model.dynamic - places.keys()
-    return quantized(module, replace(model, dynamic=left)) if left else module.eval()
+    made = quantized(module, replace(model, dynamic=left)) if left else module.eval()
+    return made.requires_grad_(False)
 
 
 def _values(model: Model, without: frozenset[str]) -> dict[str, Tensor]:
@@ -63,14 +64,10 @@ def _exchanged(module: nn.Module, changed: Mapping[int, nn.Module]) -> nn.Module
 
 def _places(graph: Graph, model: Model) -> dict[str, list[str]]:
     """Return weight -> the paths of the modules that can hold it packed, where they are all that uses it."""
-    readers: dict[str, set[str]] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder" and (name := graph.values.get(node.name)):
-            readers.setdefault(name, set()).update(user.name for user in node.users)
     found = {}
     for param, sites in graph.of_param().items():
         uses = [site for site in sites if _fits(site, model)]
-        if len(uses) == len(sites) and readers[param] == {site.node for site in sites}:
+        if len(uses) == len(sites) and graph.readers(param) == {site.node for site in sites}:
             found[param] = list(dict.fromkeys(site.module for site in sites))
     return found
 

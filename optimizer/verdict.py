@@ -90,12 +90,12 @@ def headline(report: Report) -> str:
 
 
 def reason_when_slower(report: Report) -> str:
-    """Return the reason given in `decisions` for the whole model (layer null, "*" or "model"), else "".
+    """Return why the whole model (layer null, "*" or "model") was kept compressed by `decisions`, else "".
 
     It only looks the reason up; whether the model is slower is for `is_slower` to say.
     """
-    whole = (row for row in rows(report, "decisions") if text(row, "layer") in WHOLE_MODEL)
-    return next((text(row, "reason") for row in whole if text(row, "reason")), "")
+    whole = [row for row in rows(report, "decisions") if text(row, "layer") in WHOLE_MODEL]
+    return next((text(row, "reason") for row in whole if row.get("kept") == "compressed"), "")
 
 
 def _sentence(found: Sequence[Comparison], reason: str) -> str:

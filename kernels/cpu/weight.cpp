@@ -63,7 +63,8 @@ bool read_sizes(const paredown_weight *given, Weight &out) {
   if (given == nullptr) return false;
   const paredown_weight &w = *given;
   if (w.n < 1 || w.k < 1 || w.n > most / w.k) return false;
-  if (w.group < 0 || w.table_rows < 0 || w.table_rows % ROWS != 0) return false;
+  if (w.group < 0) return false;
+  if (w.table_rows < 0 || w.table_rows > most || w.table_rows % ROWS != 0) return false;
   if (w.bits < 1 || w.bits > 8 || !is_float(w.scale_type)) return false;
   if (w.table_type != PAREDOWN_U8 && w.table_type != PAREDOWN_F16) return false;
   out.given = w;

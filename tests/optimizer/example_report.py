@@ -62,7 +62,11 @@ def full_report(ratio: float = 0.56) -> Json:
         ],
         "bench": [*_bench(1, 1, 1.912, 1.0, ratio), *_bench(32, 1, 44.18, 1.0, ratio * 1.21)],
         "decisions": [
-            {"layer": "*", "kept": True, "reason": "a folded codebook runs at fp32 speed until low-bit kernels exist"},
+            {
+                "layer": "*",
+                "kept": "compressed",
+                "reason": "a folded codebook runs at fp32 speed until low-bit kernels exist",
+            },
             {"layer": "conv1", "fallback": "int8", "reason": "3 input channels: 4 bits cost 1.9 points for 216 bytes"},
             {
                 "layer": "layer3.2.conv2",

@@ -1,0 +1,93 @@
+"""The README's tables of the kernels, from bench/results/{kernels,llama,modes}.json; `tables.py` writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent.parent / "bench" / "results"
+FORMS = {
+    "fp32": "fp32 MatMul",
+    "MatMulNBits 4b b32": "MatMulNBits, 4 bits, block 32",
+    "MatMulNBits 4b b128": "MatMulNBits, 4 bits, block 128",
+    "MatMulNBits 2b b128": "MatMulNBits, 2 bits, block 128",
+    "ours 4b int8": "ours, 4 bits, int8",
+    "ours 3b int8": "ours, 3 bits, int8",
+    "ours 2b int8": "ours, 2 bits, int8",
+    "ours 4b exact": "ours, 4 bits, exact",
+    "ours 3b exact": "ours, 3 bits, exact",
+    "ours 2b exact": "ours, 2 bits, exact",
+}
+TOKENS = (1, 8, 64, 512)
+
+
+def kernels() -> str:
+    """One layer in onnxruntime, by rows of activations; GB/s and its share of what the machine reads."""
+    document = json.loads((RESULTS / "kernels.json").read_text())
+    machine, isa = document["environment"]["cpu"], document["environment"]["kernels"]["isa"]
+    lines = [
+        f"One linear layer, 4096 x 4096, codebooks with a scale per 128 inputs, in onnxruntime on one thread of "
+        f"{machine['model']} ({isa}): best time in microseconds by rows of activations (m), all alternating in one "
+        "process; warm: the weights' GB/s at m = 1 and its share of what the machine reads from a buffer of that size; "
+        "cold: the same over layers of 320 MB. Error: relative, against float64. `python -m paredown.bench.kernels`.\n",
+        "| | " + " | ".join(f"m = {m}" for m in TOKENS) + " | warm | cold | error |",
+        "|---|" + "---|" * (len(TOKENS) + 3),
+    ]
+    errors = {row["form"]: f"{row['relative_error']:.1e}" for row in document["errors"]}
+    for form, label in FORMS.items():
+        rows = [row for row in document["rows"] if _square(row) and row["form"] == form]
+        warm = {row["m"]: row for row in rows if row["layers"] == 1}
+        cold = next((row for row in rows if row["layers"] > 1), None)
+        times = [f"{warm[m]['min_us']:,.0f}" if m in warm else "" for m in TOKENS]
+        shown = [*times, _speed(warm.get(1)), _speed(cold), errors.get(form, "")]
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def llama() -> str:
+    document = json.loads((RESULTS / "llama.json").read_text())
+    lines = [
+        "A seeded Llama of 246 M parameters decoding one token after another, "
+        f"{document['past']} tokens in the cache, {document['threads']} thread: `python -m paredown.bench.llama`. "
+        "Memory: what opening the file and decoding adds to a process, anonymous and mapped from files.\n",
+        "| | tokens/s | of fp32 | file | anonymous | mapped |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        held = row["memory"]
+        sizes = (row["file_bytes"], held["anonymous_bytes"], held["mapped_bytes"])
+        lines.append(
+            f"| {FORMS.get(row['form'], row['form'])} | {row['tokens_per_s']:.1f} | {row['times_fp32']:.2f}x | "
+            + " | ".join(f"{size / 1e6:.0f} MB" for size in sizes)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def modes() -> str:
+    lines = [
+        "Linear layers at 4 bits by `lnq` through the kernels in both modes, accuracy measured through the file: "
+        "`python tests/real/shrink.py modes`. Convolutions and recurrent layers are decoded in both.\n",
+        "| network | inputs | layers | metric | before | after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in json.loads((RESULTS / "modes.json").read_text()):
+        before, after = row["baseline"]["metric"], row["final"]["metric"]
+        inputs = "int8" if "dynamic" in row["steps"] else "float"
+        counts = ", ".join(f"{count} {mode}" for mode, count in row["modes"].items())
+        lines.append(
+            f"| {row['network']} | {inputs} | {counts} | {before['name']} | {before['value']:.4f} "
+            f"| {after['value']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _square(row: dict[str, Any]) -> bool:
+    return (row["n"], row["k"], row["threads"]) == (4096, 4096, 1)
+
+
+def _speed(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['gb_per_s']:.0f} ({100 * row['gb_per_s'] / row['read_gb_per_s']:.0f} %)"
