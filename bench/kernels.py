@@ -30,7 +30,7 @@ from .environment import fingerprint
 from .kernel_models import Chain, Form
 from .measure import Call, Sampling, sample
 
-SHAPES = ((1024, 1024), (4096, 4096), (11008, 4096))
+SHAPES = ((1024, 1024), (4096, 4096))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BITS = (4, 3, 2)
 COLD_BYTES = 320 << 20

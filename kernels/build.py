@@ -46,6 +46,9 @@ LINK = (
     "-Wl,-z,nodelete",
 )
 
+EXPORTED = "{ global: RegisterCustomOps; paredown_*; local: *; };\n"
+"""The linker's version script: templates of the standard library are visible whatever flags the compiler has."""
+
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni")
 ISAS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -209,8 +212,12 @@ def _compile(unit: Unit, tools: Toolchain, objects: Path) -> Path:
 
 
 def _link(objects: list[Path], tools: Toolchain, out: Path) -> None:
-    soname = f"-Wl,-soname,{LIBRARY}"
-    _replace(out, lambda path: _checked([*tools.command, *map(str, objects), *LINK, soname, "-o", str(path)]))
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "exported")
+        script.write_text(EXPORTED)
+        names = (f"-Wl,-soname,{LIBRARY}", f"-Wl,--version-script={script}")
+        command = [*tools.command, *map(str, objects), *LINK, *names, "-o"]
+        _replace(out, lambda path: _checked([*command, str(path)]))
 
 
 def _includes(source: Path) -> list[Path]:
