@@ -46,7 +46,7 @@ LINK = (
     "-Wl,-z,nodelete",
 )
 
-EXPORTED = "{ global: RegisterCustomOps; paredown_*; local: *; };\n"
+EXPORTED = "{ local: _Z*; };\n"
 """The linker's version script: templates of the standard library are visible whatever flags the compiler has."""
 
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
