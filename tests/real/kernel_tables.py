@@ -68,7 +68,7 @@ def llama() -> str:
 def modes() -> str:
     lines = [
         "Linear layers at 4 bits by `lnq` through the kernels in both modes, accuracy measured through the file: "
-        "`python tests/real/shrink.py modes`. Convolutions and recurrent layers are decoded in both.\n",
+        "`python tests/real/shrink.py modes`, taken when convolutions had no operator yet.\n",
         "| network | inputs | layers | metric | before | after |",
         "|---|---|---|---|---|---|",
     ]
