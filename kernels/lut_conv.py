@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from .lut_spec import LEAST, LutSpec
+from . import lut_reference
+from .lut_spec import LutSpec
 
 CHANNELS = 4
 """Channels of a word of the image."""
@@ -71,6 +72,5 @@ def round_images(x: Float[Tensor, "... c h w"]) -> Float[Tensor, "... c h w"]:
     """Return images rounded to signed bytes and back, each by its largest value; float32."""
     values = x.float()
     most = values.abs().amax((-3, -2, -1), keepdim=True)
-    # A number divided by a tensor is the number times a rounded inverse in torch: one in four quotients is another.
-    factor = torch.full_like(most, 127.0) / torch.where(most < LEAST, 1.0, most)
-    return torch.round(values * factor) * (most / 127.0)
+    factor, step = lut_reference.rounding(most)
+    return torch.round(values * factor) * step

@@ -32,10 +32,14 @@ def round_inputs(x: Float[Tensor, "... k"], group: int) -> Float[Tensor, "... k"
     runs = _runs(x.shape[-1], group or x.shape[-1], x.device)
     count = int(runs[-1]) + 1 if len(runs) else 0
     most = values.new_zeros(*x.shape[:-1], count).scatter_reduce(-1, runs.expand(x.shape), values.abs(), "amax")
-    # A number divided by a tensor is the number times a rounded inverse in torch: one in four quotients is another.
-    factor = torch.full_like(most, 127.0) / torch.where(most < LEAST, 1.0, most)
-    step = most / 127.0
+    factor, step = rounding(most)
     return torch.round(values * factor[..., runs]) * step[..., runs]
+
+
+def rounding(most: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Return by what values are multiplied before they are rounded, and after, where `most` is their largest."""
+    # A number divided by a tensor is the number times a rounded inverse in torch: one in four quotients is another.
+    return torch.full_like(most, 127.0) / torch.where(most < LEAST, 1.0, most), most / 127.0
 
 
 def product(x: Float[Tensor, "... k"], weight: Float[Tensor, "n k"], group: int, mode: Mode) -> Float[Tensor, "... n"]:

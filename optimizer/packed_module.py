@@ -13,13 +13,13 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..kernels.lut_gather import LutEmbedding
 from ..kernels.lut_linear import LutLinear
 from ..kernels.lut_spec import LutParts, LutSpec, Mode, refusal
 from . import packed
 from .activations_module import quantized
 from .errors import RecipeError
 from .graph import Graph, Site, capture
-from .lut_embedding import LutEmbedding
 from .model import Model, fill, module_at
 from .packed import Coded
 from .weight import Codebook, Dense, LowRank, Uniform, Weight

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from .. import layout, layout_mma16
+from .. import layout, layout_mma16, lut_reference
 from ..lut_spec import ACTIVATIONS, Activation, LutParts, LutSpec, Mode
 from . import driver, launch, load, tables
 
@@ -240,17 +240,7 @@ def _finish(call: _Call, y: Tensor) -> Tensor:
         y = torch.addmm(y, call.low_x, call.weight.low[:, : call.weight.rank].T.to(call.low_x.dtype))
     if call.bias is not None:
         y = y + call.bias
-    match call.activation:
-        case "relu":
-            return functional.relu(y)
-        case "gelu":
-            return functional.gelu(y)
-        case "gelu_tanh":
-            return functional.gelu(y, approximate="tanh")
-        case "silu":
-            return functional.silu(y)
-        case _:
-            return y
+    return lut_reference.activate(y, call.activation)
 
 
 def _start(kernel: str, start: launch.Launch, values: Mapping[str, Tensor | int], place: Place) -> None:

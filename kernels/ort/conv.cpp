@@ -1,9 +1,7 @@
 /* The kernel of the Lut...ConvInt8... operators. */
 #include <string.h>
 
-#include <new>
-
-#include "operators.h"
+#include "describe.h"
 
 namespace paredown::ort {
 
@@ -39,15 +37,7 @@ class Conv {
 
 Status *Conv::create(const Info *info) noexcept {
   node_.name_after(info);
-  PAREDOWN_TRY(node_.check_layout(info));
-  PAREDOWN_TRY(node_.read(info, "", "n", &weight_.value.n));
-  PAREDOWN_TRY(node_.read(info, "", "k", &weight_.value.k));
-  int64_t bits = 0;
-  PAREDOWN_TRY(node_.read(info, "", "bits", &bits));
-  if (described_.planes != (bits == 3))
-    return node_.fail("bits=%lld; this operator is for %s", static_cast<long long>(bits),
-                      described_.planes ? "3 bits" : "1, 2, 4 and 8 bits");
-  PAREDOWN_TRY(weight_.read(node_, info, "", kCodes));
+  PAREDOWN_TRY(weight_.read_base(node_, info, described_.planes, kCodes));
   PAREDOWN_TRY(read_geometry(info));
   geometry_.batch = 1;
   geometry_.weight = &weight_.value;
@@ -139,32 +129,14 @@ Status *Conv::run(Context *context, paredown_conv *call) noexcept {
 }  // namespace
 
 void make_conv(ConvOperator *made) noexcept {
-  using Made = ConvOperator;
-  made->version = kApi;
-  made->name = [](const Operator *self) noexcept -> const char * { return static_cast<const Made *>(self)->text; };
-  made->provider = [](const Operator *) noexcept -> const char * { return nullptr; };
+  describe<Conv>(made);
   made->inputs = [](const Operator *) noexcept -> size_t { return 5; };
   made->input_type = [](const Operator *self, size_t index) noexcept -> Type {
-    if (index == kX || index == kBias) return static_cast<const Made *>(self)->type;
+    if (index == kX || index == kBias) return static_cast<const ConvOperator *>(self)->type;
     return index == kCodes ? kUint8 : kAny;  // tables and scales have a type of their own
   };
-  made->outputs = [](const Operator *) noexcept -> size_t { return 1; };
-  made->output_type = [](const Operator *self, size_t) noexcept { return static_cast<const Made *>(self)->type; };
-  made->input_characteristic = [](const Operator *, size_t) noexcept { return kRequired; };
-  made->output_characteristic = [](const Operator *, size_t) noexcept { return kRequired; };
-  made->input_memory = [](const Operator *, size_t) noexcept { return kDefaultMemory; };
   // The sizes of outputs are known when the node runs.
   made->infer = [](const Operator *, InferContext *) noexcept -> Status * { return nullptr; };
-  made->create = [](const Operator *self, const Api *api, const Info *info, void **kernel) noexcept -> Status * {
-    Conv *conv = new (std::nothrow) Conv(*static_cast<const Made *>(self));
-    if (!conv) return create_status(api, kFail, "paredown: no memory for a kernel");
-    Status *status = conv->create(info);
-    if (status) delete conv;
-    *kernel = status ? nullptr : conv;
-    return status;
-  };
-  made->compute = [](void *kernel, Context *context) noexcept { return static_cast<Conv *>(kernel)->compute(context); };
-  made->destroy = [](void *kernel) noexcept { delete static_cast<Conv *>(kernel); };
 }
 
 }  // namespace paredown::ort

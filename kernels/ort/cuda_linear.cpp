@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <exception>
 #include <limits>
-#include <new>
 #include <optional>
 
 #include "cuda_weight.h"
+#include "describe.h"
 #include "linear_node.h"
 
 namespace paredown::ort {
@@ -219,18 +219,7 @@ void make_cuda_linear(LinearOperator *made) noexcept {
   made->input_memory = [](const Operator *, size_t index) noexcept {
     return index == LinearNode::kX || index == LinearNode::kT ? kDefaultMemory : kHostInput;
   };
-  made->create = [](const Operator *self, const Api *api, const Info *info, void **kernel) noexcept -> Status * {
-    CudaLinear *linear = new (std::nothrow) CudaLinear(*static_cast<const LinearOperator *>(self));
-    if (!linear) return create_status(api, kFail, "paredown: no memory for a kernel");
-    Status *status = linear->create(info);
-    if (status) delete linear;
-    *kernel = status ? nullptr : linear;
-    return status;
-  };
-  made->compute = [](void *kernel, Context *context) noexcept {
-    return static_cast<CudaLinear *>(kernel)->compute(context);
-  };
-  made->destroy = [](void *kernel) noexcept { delete static_cast<CudaLinear *>(kernel); };
+  compute_by<CudaLinear>(made);
 }
 
 }  // namespace paredown::ort

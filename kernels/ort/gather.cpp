@@ -1,8 +1,7 @@
 /* The kernel of the LutGather... operators: rows of W, for embeddings. */
 #include <algorithm>
-#include <new>
 
-#include "operators.h"
+#include "describe.h"
 
 namespace paredown::ort {
 
@@ -101,33 +100,13 @@ Status *Gather::compute(Context *context) noexcept {
 }  // namespace
 
 void make_gather(GatherOperator *made) noexcept {
-  using Made = GatherOperator;
-  made->version = kApi;
-  made->name = [](const Operator *self) noexcept -> const char * { return static_cast<const Made *>(self)->text; };
-  made->provider = [](const Operator *) noexcept -> const char * { return nullptr; };
+  describe<Gather>(made);
   made->inputs = [](const Operator *) noexcept -> size_t { return 4; };
   made->input_type = [](const Operator *, size_t index) noexcept -> Type { return index == kCodes ? kUint8 : kAny; };
-  made->outputs = [](const Operator *) noexcept -> size_t { return 1; };
-  made->output_type = [](const Operator *self, size_t) noexcept { return static_cast<const Made *>(self)->type; };
-  made->input_characteristic = [](const Operator *, size_t) noexcept { return kRequired; };
-  made->output_characteristic = [](const Operator *, size_t) noexcept { return kRequired; };
-  made->input_memory = [](const Operator *, size_t) noexcept { return kDefaultMemory; };
   made->infer = [](const Operator *self, InferContext *context) noexcept -> Status * {
-    infer_sizes(static_cast<const Made *>(self)->api, context, "k", 0);
+    infer_sizes(static_cast<const GatherOperator *>(self)->api, context, "k", 0);
     return nullptr;
   };
-  made->create = [](const Operator *self, const Api *api, const Info *info, void **kernel) noexcept -> Status * {
-    Gather *gather = new (std::nothrow) Gather(*static_cast<const Made *>(self));
-    if (!gather) return create_status(api, kFail, "paredown: no memory for a kernel");
-    Status *status = gather->create(info);
-    if (status) delete gather;
-    *kernel = status ? nullptr : gather;
-    return status;
-  };
-  made->compute = [](void *kernel, Context *context) noexcept {
-    return static_cast<Gather *>(kernel)->compute(context);
-  };
-  made->destroy = [](void *kernel) noexcept { delete static_cast<Gather *>(kernel); };
 }
 
 }  // namespace paredown::ort

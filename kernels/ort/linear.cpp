@@ -1,6 +1,5 @@
 /* The kernel of the Lut...Linear... operators. */
-#include <new>
-
+#include "describe.h"
 #include "linear_node.h"
 
 namespace paredown::ort {
@@ -90,9 +89,7 @@ Status *Linear::run(Context *context, paredown_linear *call) noexcept {
 
 void make_linear(LinearOperator *made) noexcept {
   using Made = LinearOperator;
-  made->version = kApi;
-  made->name = [](const Operator *self) noexcept -> const char * { return static_cast<const Made *>(self)->text; };
-  made->provider = [](const Operator *) noexcept -> const char * { return nullptr; };
+  describe<Linear>(made);
   made->inputs = [](const Operator *self) noexcept -> size_t {
     return static_cast<const Made *>(self)->low_rank ? 9 : 5;
   };
@@ -101,27 +98,10 @@ void make_linear(LinearOperator *made) noexcept {
     if (index == N::kX || index == N::kBias || index == N::kT) return static_cast<const Made *>(self)->type;
     return index == N::kCodes || index == N::kLeft ? kUint8 : kAny;  // tables and scales have a type of their own
   };
-  made->outputs = [](const Operator *) noexcept -> size_t { return 1; };
-  made->output_type = [](const Operator *self, size_t) noexcept { return static_cast<const Made *>(self)->type; };
-  made->input_characteristic = [](const Operator *, size_t) noexcept { return kRequired; };
-  made->output_characteristic = [](const Operator *, size_t) noexcept { return kRequired; };
-  made->input_memory = [](const Operator *, size_t) noexcept { return kDefaultMemory; };
   made->infer = [](const Operator *self, InferContext *context) noexcept -> Status * {
     infer_sizes(static_cast<const Made *>(self)->api, context, "n", 1);
     return nullptr;
   };
-  made->create = [](const Operator *self, const Api *api, const Info *info, void **kernel) noexcept -> Status * {
-    Linear *linear = new (std::nothrow) Linear(*static_cast<const Made *>(self));
-    if (!linear) return create_status(api, kFail, "paredown: no memory for a kernel");
-    Status *status = linear->create(info);
-    if (status) delete linear;
-    *kernel = status ? nullptr : linear;
-    return status;
-  };
-  made->compute = [](void *kernel, Context *context) noexcept {
-    return static_cast<Linear *>(kernel)->compute(context);
-  };
-  made->destroy = [](void *kernel) noexcept { delete static_cast<Linear *>(kernel); };
 }
 
 }  // namespace paredown::ort

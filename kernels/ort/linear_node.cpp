@@ -6,15 +6,7 @@ namespace paredown::ort {
 
 Status *LinearNode::create(const Info *info) noexcept {
   node.name_after(info);
-  PAREDOWN_TRY(node.check_layout(info));
-  PAREDOWN_TRY(node.read(info, "", "n", &weight.value.n));
-  PAREDOWN_TRY(node.read(info, "", "k", &weight.value.k));
-  int64_t bits = 0;
-  PAREDOWN_TRY(node.read(info, "", "bits", &bits));
-  if (described.planes != (bits == 3))
-    return node.fail("bits=%lld; this operator is for %s", static_cast<long long>(bits),
-                     described.planes ? "3 bits" : "1, 2, 4 and 8 bits");
-  PAREDOWN_TRY(weight.read(node, info, "", kCodes));
+  PAREDOWN_TRY(weight.read_base(node, info, described.planes, kCodes));
   const float zero = weight.value.zero;
   const bool whole = zero >= 0 && zero <= 255 && zero == static_cast<float>(static_cast<int>(zero));
   if (described.int8 && (weight.value.table_type != PAREDOWN_U8 || !whole))

@@ -164,6 +164,18 @@ Status *Weight::read(const Node &node, const Info *info, const char *prefix, siz
   return nullptr;
 }
 
+Status *Weight::read_base(const Node &node, const Info *info, bool planes, size_t first_input) noexcept {
+  PAREDOWN_TRY(node.check_layout(info));
+  PAREDOWN_TRY(node.read(info, "", "n", &value.n));
+  PAREDOWN_TRY(node.read(info, "", "k", &value.k));
+  int64_t bits = 0;
+  PAREDOWN_TRY(node.read(info, "", "bits", &bits));
+  if (planes != (bits == 3))
+    return node.fail("bits=%lld; this operator is for %s", static_cast<long long>(bits),
+                     planes ? "3 bits" : "1, 2, 4 and 8 bits");
+  return read(node, info, "", first_input);
+}
+
 Status *Weight::take(const Node &node, const Context *context, paredown_weight *taken) const noexcept {
   *taken = value;
   for (int part = 0; part < 3; ++part) {

@@ -60,6 +60,8 @@ class Weight {
   /* Read the attributes `prefix`bits, `prefix`group, ...; n and k are known. Inputs that are constant are taken in
    * place here and now: onnxruntime keeps them, or the file that they are mapped from, as long as the kernel. */
   Status *read(const Node &node, const Info *info, const char *prefix, size_t first_input) noexcept;
+  /* The same for the weight that an operator is named after: its layout, n and k, then 3 bits or none of them. */
+  Status *read_base(const Node &node, const Info *info, bool planes, size_t first_input) noexcept;
   /* Take the inputs that are not constant from this run. */
   Status *take(const Node &node, const Context *context, paredown_weight *taken) const noexcept;
 

@@ -61,27 +61,4 @@ int32_t run(const Call &call, void *y) {
 
 }  // namespace
 
-int main(int count, char **arguments) {
-  if (count == 1) {  // for the test to see what this processor runs
-    std::printf("%s\n", paredown_isas());
-    return 0;
-  }
-  if (count < 3) fail("usage: harness CALLS RESULTS [ISA ...]");
-  std::vector<std::string> names(arguments + 3, arguments + count);
-  if (names.empty()) names = built();
-  Reader in(arguments[1]);
-  std::list<Call> calls;  // a call holds pointers into itself
-  while (in.more()) calls.emplace_back(in);
-  std::ofstream out(arguments[2], std::ios::binary);
-  for (const std::string &name : names) {
-    if (paredown_use_isa(name.c_str()) != PAREDOWN_OK) fail("no instruction set " + name);
-    for (const Call &call : calls) {
-      const Guarded y(call.y_bytes);
-      std::memset(y.data(), 0xFF, y.size());  // undefined values, which may not stay where a result belongs
-      const int32_t status = run(call, y.data());
-      out.write(reinterpret_cast<const char *>(&status), sizeof status);
-      out.write(y.data(), static_cast<std::streamsize>(y.size()));
-    }
-  }
-  return out ? 0 : 1;
-}
+int main(int count, char **arguments) { return run_file<Call>(count, arguments); }

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from paredown.kernels.lut_gather import LutEmbedding
 from paredown.kernels.lut_linear import LutLinear
 from paredown.kernels.lut_spec import LutParts, LutSpec
 from paredown.optimizer.errors import RecipeError
-from paredown.optimizer.lut_embedding import LutEmbedding
 from paredown.optimizer.model import ActQuant, InputSpec, Model
 from paredown.optimizer.packed import decoded_because, int8_refusal, low_refusal, lut_parts, lut_spec, refusal, terms
 from paredown.optimizer.packed_module import packed_module
