@@ -95,16 +95,22 @@ inline F activate(F x) {
 template <int ACTIVATION>
 void finish_with(const paredown_linear &call, int64_t block, int64_t blocks, int64_t first, int64_t tokens,
                  const float *totals) {
-  const int64_t element = call.type == PAREDOWN_F32 ? 4 : 2;
+  const int64_t element = call.type == PAREDOWN_F32 ? 4 : 2, row = block * ROWS;
+  const char *bias = static_cast<const char *>(call.bias) + row * element;
+  char *y = static_cast<char *>(call.y) + (first * call.y_stride + row) * element;
+  F add[Simd::blocks];
+  int64_t rows[Simd::blocks];
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t row = (block + b) * ROWS, rows = min_of(ROWS, call.weight->n - row);
-    const char *bias = static_cast<const char *>(call.bias) + row * element;
-    const F add = call.bias == nullptr ? Simd::fset(0.0f) : Simd::load_as_float(bias, call.type, rows);
-    char *y = static_cast<char *>(call.y) + (first * call.y_stride + row) * element;
-    for (int64_t token = 0; token < tokens; ++token) {
-      const F sum = Simd::fadd(Simd::fload(totals + (token * blocks + b) * ROWS), add);
-      Simd::store_float_as(y + token * call.y_stride * element, call.type, activate<ACTIVATION>(sum), rows);
+    rows[b] = min_of(ROWS, call.weight->n - row - b * ROWS);
+    const char *at = bias + b * ROWS * element;
+    add[b] = call.bias == nullptr ? Simd::fset(0.0f) : Simd::load_as_float(at, call.type, rows[b]);
+  }
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const F sum = Simd::fadd(Simd::fload(totals + (token * blocks + b) * ROWS), add[b]);
+      Simd::store_float_as(y + b * ROWS * element, call.type, activate<ACTIVATION>(sum), rows[b]);
     }
+    y += call.y_stride * element;
   }
 }
 

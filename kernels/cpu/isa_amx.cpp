@@ -118,7 +118,8 @@ inline void add_products(const Product *product, int count, int64_t steps, int64
 }
 
 template <int BITS, int R>
-void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, const Span &span, float *totals) {
+void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, const Span &span,
+                   const paredown_linear *completed, float *totals) {
   constexpr int64_t run_bytes = RUN_STEPS * STEP * tile_tokens;
   alignas(64) uint8_t buffer[RUN_STEPS * QUADS * R * UNIT_BYTES];
   alignas(64) int8_t end[run_bytes] = {};
@@ -159,6 +160,8 @@ void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, co
       done += steps;
     }
   }
+  const int64_t first = tile_start(tiles, span.first), tokens = tile_start(tiles, span.last) - first;
+  if (completed != nullptr) finish(*completed, block, R, first, tokens, totals);
 }
 
 /* Turn `quads` (16 or 8) x tokens words. */

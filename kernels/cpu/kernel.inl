@@ -1,6 +1,6 @@
 /* The matrix product, once for all instruction sets: include after a header that defines `Simd`.
  *
- * Up to `Simd::direct` tokens, words of one block of 16 rows are decoded in registers right before they are multiplied.
+ * Up to `Simd::direct` tokens, words of R blocks of 16 rows are decoded in registers right before they are multiplied.
  * More tokens share the decode: a run (exact mode: a chunk) of R blocks goes to a buffer in the first cache, and every
  * tile of tokens is multiplied by it.
  *
@@ -101,99 +101,120 @@ inline void load_step(Stream<R> &stream, I (&unit)[R][UNITS]) {
 }
 
 #ifdef PAREDOWN_OWN_DECODE /* the file that includes this defines them behind it */
-template <int BITS, int T>
+template <int BITS, int T, int R>
 void direct_int8(const Weight &weight, const Packed &packed, int64_t block, float *totals);
-template <int BITS, int T>
+template <int BITS, int T, int R>
 void direct_exact(const Weight &weight, const Packed &packed, int64_t block, float *totals);
 template <int BITS, int R>
 void decode_bytes(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t steps, uint8_t *out);
 template <int BITS, int R>
 void decode_floats(const Simd::Floats<BITS> &table, Stream<R> &stream, const F (&scale)[R], float *out);
 #else
-/* --- decoded in registers: one block, and all T tokens are one tile --- */
+/* --- decoded in registers: R blocks, and all T tokens are one tile --- */
 
 /* Sums of each token, so that products need not wait for one another: as many as there are registers for. */
 constexpr int chains_of(int tokens) { return 4 * tokens <= Simd::tile ? 4 : 2 * tokens <= Simd::tile ? 2 : 1; }
 
-template <int BITS, int T>
+template <int BITS, int T, int R>
 void direct_int8(const Weight &weight, const Packed &packed, int64_t block, float *totals) {
-  constexpr int units = units_of(BITS), chains = chains_of(T);
+  constexpr int units = units_of(BITS), chains = chains_of(T * R);
   const Simd::Bytes<BITS> table(byte_table(weight, block));
-  Stream<1> stream(weight, block);
+  Stream<R> stream(weight, block);
   const int8_t *x = static_cast<const int8_t *>(packed.x);
   const float *x_scale = packed.scale;
   const int32_t *correction = packed.correction;
-  F total[T];
-  each<T>([&](auto t) { total[t.value] = Simd::fset(0.0f); });
+  F total[T][R];
+  each<T>([&](auto t) { each<R>([&](auto r) { total[t.value][r.value] = Simd::fset(0.0f); }); });
   for (int64_t group = 0; group < weight.groups; ++group) {
-    const F scale = stream.scales(0, group);
+    F scale[R];
+    each<R>([&](auto r) { scale[r.value] = stream.scales(r.value, group); });
     for (int64_t left = ceil_div(group_inputs(weight, group), STEP); left > 0; left -= RUN_STEPS) {
-      I sum[T][chains];
+      I sum[T][R][chains];
       each<T>([&](auto t) {
-        sum[t.value][0] = Simd::set(correction[t.value]);
-        each_from<1, chains>([&](auto c) { sum[t.value][c.value] = Simd::set(0); });
+        each<R>([&](auto r) {
+          sum[t.value][r.value][0] = Simd::set(correction[t.value]);
+          each_from<1, chains>([&](auto c) { sum[t.value][r.value][c.value] = Simd::set(0); });
+        });
       });
       for (int64_t step = min_of(left, RUN_STEPS); step > 0; --step) {
-        I unit[1][units];
+        I unit[R][units];
         load_step(stream, unit);
         each<QUADS>([&](auto q) {
           constexpr int Q = decltype(q)::value;
-          const Operand w = Simd::operand(table.template quad<Q>(unit[0]));
+          Operand w[R];
+          each<R>([&](auto r) { w[r.value] = Simd::operand(table.template quad<Q>(unit[r.value])); });
           each<T>([&](auto t) {
-            I &s = sum[t.value][Q % chains];
+            each<R>([&](auto r) {
+              I &s = sum[t.value][r.value][Q % chains];
+              const int8_t *four = x + (Q * T + t.value) * 4;
 #ifdef PAREDOWN_DOT_ONCE
-            s = Simd::dot_once(s, w, x + (Q * T + t.value) * 4);
+              s = R == 1 ? Simd::dot_once(s, w[r.value], four) : Simd::dot(s, w[r.value], four);
 #else
-            s = Simd::dot(s, w, x + (Q * T + t.value) * 4);
+              s = Simd::dot(s, w[r.value], four);
 #endif
+            });
           });
         });
         x += QUADS * T * 4;
       }
       each<T>([&](auto t) {
-        I all = sum[t.value][0];
-        each_from<1, chains>([&](auto c) { all = Simd::add(all, sum[t.value][c.value]); });
-        const F factor = Simd::fmul(Simd::fset(x_scale[t.value]), scale);
-        total[t.value] = Simd::fma(Simd::to_float(all), factor, total[t.value]);
+        const F of_x = Simd::fset(x_scale[t.value]);
+        each<R>([&](auto r) {
+          I all = sum[t.value][r.value][0];
+          each_from<1, chains>([&](auto c) { all = Simd::add(all, sum[t.value][r.value][c.value]); });
+          F &to = total[t.value][r.value];
+          to = Simd::fma(Simd::to_float(all), Simd::fmul(of_x, scale[r.value]), to);
+        });
       });
       x_scale += T;
       correction += T;
     }
   }
-  each<T>([&](auto t) { Simd::fstore(totals + t.value * ROWS, total[t.value]); });
+  each<T>([&](auto t) {
+    each<R>([&](auto r) { Simd::fstore(totals + (t.value * R + r.value) * ROWS, total[t.value][r.value]); });
+  });
 }
 
-template <int BITS, int T>
+template <int BITS, int T, int R>
 void direct_exact(const Weight &weight, const Packed &packed, int64_t block, float *totals) {
-  constexpr int units = units_of(BITS), chains = chains_of(T);
+  constexpr int units = units_of(BITS), chains = chains_of(T * R);
   FloatTable entries;
   float_table(weight, block, entries);
   const Simd::Floats<BITS> table(entries);
-  Stream<1> stream(weight, block);
+  Stream<R> stream(weight, block);
   const float *x = static_cast<const float *>(packed.x);
   for (int64_t group = 0; group < weight.groups; ++group) {
-    const F scale = stream.scales(0, group);
+    F scale[R];
+    each<R>([&](auto r) { scale[r.value] = stream.scales(r.value, group); });
     for (int64_t left = ceil_div(group_inputs(weight, group), STEP); left > 0; left -= RUN_STEPS) {
-      F sum[T][chains];
-      each<T>([&](auto t) { each<chains>([&](auto c) { sum[t.value][c.value] = Simd::fset(0.0f); }); });
+      F sum[T][R][chains];
+      each<T * R * chains>([&](auto i) {
+        sum[i.value / chains / R][i.value / chains % R][i.value % chains] = Simd::fset(0.0f);
+      });
       for (int64_t step = min_of(left, RUN_STEPS); step > 0; --step) {
-        I unit[1][units];
+        I unit[R][units];
         load_step(stream, unit);
         each<QUADS * 4>([&](auto i) {
           constexpr int Q = decltype(i)::value / 4, B = decltype(i)::value % 4;
-          const F w = table.template input<Q, B>(unit[0]);
+          F w[R];
+          each<R>([&](auto r) { w[r.value] = table.template input<Q, B>(unit[r.value]); });
           each<T>([&](auto t) {
-            F &s = sum[t.value][B % chains];
-            s = Simd::fma(w, Simd::fset(x[(Q * T + t.value) * 4 + B]), s);
+            const F of_x = Simd::fset(x[(Q * T + t.value) * 4 + B]);
+            each<R>([&](auto r) {
+              F &s = sum[t.value][r.value][B % chains];
+              s = Simd::fma(w[r.value], of_x, s);
+            });
           });
         });
         x += QUADS * T * 4;
       }
       each<T>([&](auto t) {
-        F all = sum[t.value][0];
-        each_from<1, chains>([&](auto c) { all = Simd::fadd(all, sum[t.value][c.value]); });
-        float *to = totals + t.value * ROWS;
-        Simd::fstore(to, Simd::fma(all, scale, Simd::fload(to)));
+        each<R>([&](auto r) {
+          F all = sum[t.value][r.value][0];
+          each_from<1, chains>([&](auto c) { all = Simd::fadd(all, sum[t.value][r.value][c.value]); });
+          float *to = totals + (t.value * R + r.value) * ROWS;
+          Simd::fstore(to, Simd::fma(all, scale[r.value], Simd::fload(to)));
+        });
       });
     }
   }
@@ -323,10 +344,12 @@ inline const T *tile_x(const Weight &weight, const Packed &packed, const Tiles &
 
 #ifdef PAREDOWN_OWN_BUFFERED_INT8
 template <int BITS, int R>
-void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, const Span &span, float *totals);
+void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, const Span &span,
+                   const paredown_linear *completed, float *totals);
 #else
 template <int BITS, int R>
-void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, const Span &span, float *totals) {
+void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, const Span &span,
+                   const paredown_linear *completed, float *totals) {
   alignas(64) uint8_t buffer[RUN_STEPS * QUADS * R * UNIT_BYTES];
   const Simd::Bytes<BITS> table(byte_table(weight, block));
   Stream<R> stream(weight, block);
@@ -342,7 +365,9 @@ void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, co
         const int64_t start = tile_start(span.tiles, tile), width = tile_start(span.tiles, tile + 1) - start;
         const int8_t *x = tile_x<int8_t>(weight, packed, span.tiles, tile, done);
         const int64_t at = start * weight.runs + run * width;
+        const bool last = completed != nullptr && run + 1 == weight.runs;
         TileTable<R>::int8[width - 1](buffer, steps * QUADS, x, packed.scale + at, packed.correction + at, scale, to);
+        if (last) finish(*completed, block, R, start, width, to);
         to += width * R * ROWS;
       }
       done += steps;
@@ -352,7 +377,8 @@ void buffered_int8(const Weight &weight, const Packed &packed, int64_t block, co
 #endif
 
 template <int BITS, int R>
-void buffered_exact(const Weight &weight, const Packed &packed, int64_t block, const Span &span, float *totals) {
+void buffered_exact(const Weight &weight, const Packed &packed, int64_t block, const Span &span,
+                    const paredown_linear *completed, float *totals) {
   alignas(64) float buffer[chunk_steps * STEP * R * ROWS];
   FloatTable entries;
   float_table(weight, block, entries);
@@ -371,9 +397,11 @@ void buffered_exact(const Weight &weight, const Packed &packed, int64_t block, c
     }
     float *to = totals;
     for (int64_t tile = span.first; tile < span.last; ++tile) {
-      const int64_t width = tile_start(span.tiles, tile + 1) - tile_start(span.tiles, tile);
+      const int64_t start = tile_start(span.tiles, tile), width = tile_start(span.tiles, tile + 1) - start;
       const float *x = tile_x<float>(weight, packed, span.tiles, tile, done);
+      const bool last = completed != nullptr && done + steps == weight.steps;
       TileTable<R>::exact[width - 1](buffer, steps * QUADS, x, to);
+      if (last) finish(*completed, block, R, start, width, to);
       to += width * R * ROWS;
     }
     done += steps;
@@ -387,50 +415,55 @@ inline bool is_direct(int bits, const Tiles &tiles) {
   return bits <= 4 && tiles.count == 1 && tiles.width <= Simd::direct;
 }
 
-template <int BITS>
+template <int BITS, int R>
 void add_direct(int mode, const Weight &weight, const Packed &packed, int64_t block, int64_t tokens, float *totals) {
   each<Simd::direct>([&](auto t) {
     constexpr int T = decltype(t)::value + 1;
     if (tokens != T) return;
-    if (mode == PAREDOWN_INT8) direct_int8<BITS, T>(weight, packed, block, totals);
-    if (mode == PAREDOWN_EXACT) direct_exact<BITS, T>(weight, packed, block, totals);
+    if (mode == PAREDOWN_INT8) direct_int8<BITS, T, R>(weight, packed, block, totals);
+    if (mode == PAREDOWN_EXACT) direct_exact<BITS, T, R>(weight, packed, block, totals);
   });
 }
 
-/* Add the products of R blocks of a weight with the tokens of a span to `totals`. */
+/* Add the products of R blocks of a weight with the tokens of a span to `totals`. Where they complete a call, write its
+ * y tile by tile: its columns lie far apart, and the stores of a tile wait while the next is multiplied. */
 template <int R>
 void add_product(int mode, const Weight &weight, const Packed &packed, int64_t block, const Span &span,
-                 float *totals) {
+                 const paredown_linear *completed, float *totals) {
   const int bits = bits_of(weight);
-  const bool direct = R == 1 && is_direct(bits, span.tiles);
+  const bool direct = is_direct(bits, span.tiles);
   each<9>([&](auto b) {
     constexpr int BITS = decltype(b)::value;
     if (bits != BITS) return;
-    if constexpr (R == 1 && BITS <= 4 && Simd::direct > 0) {
-      if (direct) return add_direct<BITS>(mode, weight, packed, block, span.tiles.width, totals);
+    if constexpr (BITS <= 4 && Simd::direct > 0) {
+      if (direct) {
+        add_direct<BITS, R>(mode, weight, packed, block, span.tiles.width, totals);
+        if (completed != nullptr) finish(*completed, block, R, 0, span.tiles.width, totals);
+        return;
+      }
     }
-    if (mode == PAREDOWN_INT8) buffered_int8<BITS, R>(weight, packed, block, span, totals);
-    if (mode == PAREDOWN_EXACT) buffered_exact<BITS, R>(weight, packed, block, span, totals);
+    if (mode == PAREDOWN_INT8) buffered_int8<BITS, R>(weight, packed, block, span, completed, totals);
+    if (mode == PAREDOWN_EXACT) buffered_exact<BITS, R>(weight, packed, block, span, completed, totals);
   });
 }
 
 template <int R>
 void multiply_blocks(const Linear &linear, int64_t block, const Span &span, float *totals) {
-  const int64_t first = tile_start(linear.tiles, span.first);
-  const int64_t tokens = tile_start(linear.tiles, span.last) - first;
+  const int64_t tokens = tile_start(linear.tiles, span.last) - tile_start(linear.tiles, span.first);
   for (int64_t i = 0; i < tokens * R; ++i) Simd::fstore(totals + i * ROWS, Simd::fset(0.0f));
-  add_product<R>(linear.call->mode, linear.weight, linear.x, block, span, totals);
-  if (linear.low.given.n != 0) add_product<R>(PAREDOWN_EXACT, linear.low, linear.low_x, block, span, totals);
-  finish(*linear.call, block, R, first, tokens, totals);
+  const bool low = linear.low.given.n != 0;
+  add_product<R>(linear.call->mode, linear.weight, linear.x, block, span, low ? nullptr : linear.call, totals);
+  if (low) add_product<R>(PAREDOWN_EXACT, linear.low, linear.low_x, block, span, linear.call, totals);
 }
 
 inline bool same_table(const Weight &weight, int64_t block) {
   return table_of(weight, block) == table_of(weight, block + 1);
 }
 
-/* Whether block and the next can be taken together: more tokens than are decoded for in registers, and one table. */
+/* Whether block and the next can be taken together: they have one table. One token in int8 is limited by how fast codes
+ * come, and they come faster in one stream: 4096 x 4096 from the last cache took 60 us with 2 bits, in pairs 65. */
 inline bool in_pair(const Linear &linear, int64_t block, int64_t last) {
-  if (block + 1 >= last || is_direct(bits_of(linear.weight), linear.tiles)) return false;
+  if (block + 1 >= last || (linear.call->mode == PAREDOWN_INT8 && linear.call->m == 1)) return false;
   return same_table(linear.weight, block) && (linear.low.given.n == 0 || same_table(linear.low, block));
 }
 
@@ -481,50 +514,70 @@ inline void pack_run(const char *x, int32_t type, int64_t inputs, const Weight &
   *correction = (Simd::int8_offset - static_cast<int32_t>(weight.given.zero)) * Simd::sum(sum);
 }
 
-/* Copy the inputs of one token in one group as floats. */
-inline void copy_group(const char *x, int32_t type, int64_t inputs, int64_t width, float *to) {
-  const int64_t element = scale_bytes(type), filled = ceil_div(inputs, STEP) * STEP;
-  for (int64_t i = 0; i < filled; i += ROWS) {
-    alignas(64) float value[ROWS];
-    const int64_t here = min_of(ROWS, inputs - i);
-    Simd::fstore(value, here <= 0 ? Simd::fset(0.0f) : Simd::load_as_float(x + i * element, type, here));
-    for (int quad = 0; quad < ROWS / 4; ++quad) {
-      __builtin_memcpy(to + (i / 4 + quad) * width * 4, value + quad * 4, 4 * sizeof(float));
+/* The inputs of a call for one of its two products. */
+struct Inputs {
+  const char *x;
+  int32_t type;
+  int64_t stride; /* bytes from a token to the next */
+};
+
+/* Copy a tile as floats: 16 inputs of all its tokens at a time, so that whole lines are written. */
+inline void copy_tile(const Weight &weight, const Inputs &from, int64_t width, float *to) {
+  const char *x = from.x;
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    const int64_t inputs = group_inputs(weight, group), filled = ceil_div(inputs, STEP) * STEP;
+    for (int64_t i = 0; i < filled; i += ROWS) {
+      const int64_t here = min_of(ROWS, inputs - i);
+      for (int64_t token = 0; token < width; ++token) {
+        alignas(64) float value[ROWS];
+        const char *at = x + token * from.stride + i * scale_bytes(from.type);
+        Simd::fstore(value, here <= 0 ? Simd::fset(0.0f) : Simd::load_as_float(at, from.type, here));
+        for (int quad = 0; quad < ROWS / 4; ++quad) {
+          __builtin_memcpy(to + (quad * width + token) * 4, value + quad * 4, 4 * sizeof(float));
+        }
+      }
+      to += ROWS * width;
+    }
+    x += inputs * scale_bytes(from.type);
+  }
+}
+
+/* Round a tile; a run of each token has its own scale. */
+inline void round_tile(const Weight &weight, const Inputs &from, int64_t width, const Packed &to) {
+  for (int64_t token = 0; token < width; ++token) {
+    const char *x = from.x + token * from.stride;
+    int8_t *bytes = static_cast<int8_t *>(to.x) + token * 4;
+    int64_t run = token;
+    for (int64_t group = 0; group < weight.groups; ++group) {
+      const int64_t inputs = group_inputs(weight, group);
+      for (int64_t done = 0; done < inputs; done += RUN_STEPS * STEP, run += width) {
+        const int64_t here = min_of(RUN_STEPS * STEP, inputs - done);
+        const char *at = x + done * scale_bytes(from.type);
+        pack_run(at, from.type, here, weight, width, bytes, to.scale + run, to.correction + run);
+        bytes += ceil_div(here, STEP) * STEP * width;
+      }
+      x += inputs * scale_bytes(from.type);
     }
   }
 }
 
-inline void pack_token(const Weight &weight, int mode, const char *x, int32_t type, const Tiles &tiles, int64_t tile,
-                       int64_t place, const Packed &out) {
+inline void pack_tile(const Weight &weight, int mode, const Inputs &from, const Tiles &tiles, int64_t tile,
+                      const Packed &to) {
   const int64_t start = tile_start(tiles, tile), width = tile_start(tiles, tile + 1) - start;
-  const int64_t element = scale_bytes(type);
-  int64_t at = (start * weight.steps) * STEP + place * 4, run = start * weight.runs + place;
-  for (int64_t group = 0; group < weight.groups; ++group) {
-    const int64_t inputs = group_inputs(weight, group);
-    if (mode == PAREDOWN_EXACT) copy_group(x, type, inputs, width, static_cast<float *>(out.x) + at);
-    if (mode == PAREDOWN_EXACT) at += ceil_div(inputs, STEP) * STEP * width;
-    for (int64_t done = 0; done < inputs && mode == PAREDOWN_INT8; done += RUN_STEPS * STEP, run += width) {
-      const int64_t here = min_of(RUN_STEPS * STEP, inputs - done);
-      pack_run(x + done * element, type, here, weight, width, static_cast<int8_t *>(out.x) + at, out.scale + run,
-               out.correction + run);
-      at += ceil_div(here, STEP) * STEP * width;
-    }
-    x += inputs * element;
-  }
+  const Inputs here{from.x + start * from.stride, from.type, from.stride};
+  const int64_t at = start * weight.steps * STEP, run = start * weight.runs;
+  if (mode == PAREDOWN_EXACT) return copy_tile(weight, here, width, static_cast<float *>(to.x) + at);
+  round_tile(weight, here, width, {static_cast<int8_t *>(to.x) + at, to.scale + run, to.correction + run});
 }
 
 void pack(const Linear &linear, int64_t first, int64_t last) {
   const paredown_linear &call = *linear.call;
   const int64_t element = scale_bytes(call.type);
+  const Inputs x{static_cast<const char *>(call.x), call.type, call.x_stride * element};
+  const Inputs low_x{static_cast<const char *>(call.low_x), call.type, call.low_stride * element};
   for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t start = tile_start(linear.tiles, tile), end = tile_start(linear.tiles, tile + 1);
-    for (int64_t token = start; token < end; ++token) {
-      const char *x = static_cast<const char *>(call.x) + token * call.x_stride * element;
-      pack_token(linear.weight, call.mode, x, call.type, linear.tiles, tile, token - start, linear.x);
-      if (linear.low.given.n == 0) continue;
-      const char *low_x = static_cast<const char *>(call.low_x) + token * call.low_stride * element;
-      pack_token(linear.low, PAREDOWN_EXACT, low_x, call.type, linear.tiles, tile, token - start, linear.low_x);
-    }
+    pack_tile(linear.weight, call.mode, x, linear.tiles, tile, linear.x);
+    if (linear.low.given.n != 0) pack_tile(linear.low, PAREDOWN_EXACT, low_x, linear.tiles, tile, linear.low_x);
   }
 }
 

@@ -79,8 +79,9 @@ inline __attribute__((always_inline)) void run_of_part(const Simd::Bytes<BITS> &
   }
 }
 
-template <int BITS, int T>
+template <int BITS, int T, int R>
 void direct_int8(const Weight &weight, const Packed &packed, int64_t block, float *totals) {
+  static_assert(R == 1, "Simd::blocks is 1");
   constexpr int step_bytes = units_of(BITS) * UNIT_BYTES;
   const Simd::Bytes<BITS> table(byte_table(weight, block));
   Stream<1> stream(weight, block);
@@ -135,8 +136,9 @@ inline __attribute__((always_inline)) void run_of_part(const Simd::Floats<BITS> 
   }
 }
 
-template <int BITS, int T>
+template <int BITS, int T, int R>
 void direct_exact(const Weight &weight, const Packed &packed, int64_t block, float *totals) {
+  static_assert(R == 1, "Simd::blocks is 1");
   constexpr int step_bytes = units_of(BITS) * UNIT_BYTES, chains = T <= 2 ? 4 : 2;
   FloatTable entries;
   float_table(weight, block, entries);

@@ -43,7 +43,7 @@ Pool::Pool(const Api *api, const Context *context) noexcept
 void Pool::run(void *pool, paredown_task task, void *argument, size_t count) noexcept {
   Pool *self = static_cast<Pool *>(pool);
   self->task_ = task, self->argument_ = argument;
-  if (Status *status = parallel_for(self->api_, self->context_, step, count, 0, self)) {
+  if (Status *status = parallel_for(self->api_, self->context_, step, count, count, self)) {
     release_status(self->api_, status);  // it refuses before it starts, never half way
     for (size_t i = 0; i < count; ++i) task(argument, i);
   }
