@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..optimizer.model import Model
+    from ..optimizer.packed import Computed
     from .onnx_runner import OnnxRunner
 
 suffix = ".onnx"
@@ -54,12 +55,12 @@ def export(model: Model, path: Path, options: Options | None = None) -> None:
     write(model, path, options or Options())
 
 
-def modes(path: Path, model: Model) -> dict[str, str]:
-    """Return how each weight of a model computes in its file: exact, int8 dynamic, int8, decoded or dense."""
+def modes(path: Path, model: Model) -> dict[str, Computed]:
+    """Return how each weight of a model computes in its file (`onnx_modes.Mode`), and why some are decoded."""
     from ..optimizer import activations
     from .onnx_modes import modes as modes_of
 
-    return {**modes_of(path, model, activations.layers(model))}
+    return modes_of(path, model, activations.layers(model))
 
 
 def kernels() -> str:

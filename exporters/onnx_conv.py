@@ -14,7 +14,8 @@ from ..kernels.onnx_ops import ConvOp, conv_attributes
 from ..optimizer import packed
 from ..optimizer.errors import ExportError
 from ..optimizer.weight import Codebook, Layout, Uniform
-from .onnx_linear import Layer, after_marks, before_marks, no_bias, only_reader
+from .onnx_forms import no_bias
+from .onnx_linear import Layer, after_marks, before_marks, only_reader
 from .onnx_place import Place, place_of, readers, remove_dead, take_over
 
 

@@ -31,14 +31,14 @@ def write(model: Model, path: Path, options: Options) -> None:
     graph = trace(model.module(), model.inputs, example, options.opset)
     place(graph.graph, model)
     replace_weights(graph.graph, model)
-    _clean(graph)
+    clean(graph)
     name_outputs(graph.graph)
     add_functions(graph)
     _save(graph, path, options.external_bytes)
     _check(path)
 
 
-def _clean(model: ir.Model) -> None:
+def clean(model: ir.Model) -> None:
     """Fold constants, drop what nothing reads and what names this machine; packed weights stay packed."""
     with quiet_loggers():
         passes.RemoveUnusedNodesPass()(model)

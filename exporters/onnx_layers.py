@@ -1,8 +1,8 @@
 """Find the first layer of an ONNX file whose values differ from torch.
 
 ONNX values keep the names of the torch nodes that made them, so both sides can be asked for the same value. The graph
-is bisected, one extra output a time: memory holds one intermediate value of the file, and torch runs up to the node in
-question, freeing the rest.
+is searched by opening parts of it, each of what some values are made of, with those as its outputs: memory holds
+`Search.at_once` intermediate values of the file, and torch runs up to the node in question, freeing the rest.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from .runner import Open, RunnerOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Search:
-    """How to look: the inputs that show the difference, what is allowed, and which output exceeds it."""
+    """How to look: the inputs that show the difference, what is allowed, and which output exceeds it.
+
+    at_once: values that are compared each time a part of the file is opened; more where opening it takes long.
+    """
 
     open_: Open
     options: RunnerOptions
     inputs: tuple[Tensor, ...]
     limit: float
     output: int
+    at_once: int = 1
 
 
 def first_bad_layer(model: Model, path: Path, search: Search) -> str | None:
@@ -41,7 +45,7 @@ def first_bad_layer(model: Model, path: Path, search: Search) -> str | None:
 
     None where the file does not name its values after torch nodes (another tool wrote it).
     """
-    proto = onnx.load(path, load_external_data=False)
+    proto = _typed(onnx.load(path, load_external_data=False))
     opset = next(known.version for known in proto.opset_import if not known.domain)
     program = torch_program(model.module(), model.inputs, model.examples(2), opset)
     probe = _Probe(model=model, path=path, search=search, proto=proto, program=program, nodes=_nodes(proto, program))
@@ -51,10 +55,15 @@ def first_bad_layer(model: Model, path: Path, search: Search) -> str | None:
     lineage = _Lineage(proto=proto, known=frozenset(probe.nodes))
     while True:
         bad = _bisect(probe, lineage.ancestors(bad), bad)
-        worse = next((name for name in lineage.parents(bad) if probe.is_bad(name)), None)
+        worse = probe.first_bad(lineage.parents(bad))
         if worse is None:
             return _describe(proto, bad, probe.nodes[bad].name)
         bad = worse
+
+
+def _typed(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model with the types of its values, as far as they can be inferred."""
+    return onnx.shape_inference.infer_shapes(proto)
 
 
 def _bisect(probe: _Probe, ancestors: Sequence[str], bad: str) -> str:
@@ -62,11 +71,12 @@ def _bisect(probe: _Probe, ancestors: Sequence[str], bad: str) -> str:
     order = [*ancestors, bad]
     good, found = -1, len(order) - 1
     while found - good > 1:
-        middle = (good + found) // 2
-        if probe.is_bad(order[middle]):
-            found = middle
-        else:
-            good = middle
+        inner = min(probe.search.at_once, found - good - 1)
+        points = [good + (found - good) * (i + 1) // (inner + 1) for i in range(inner)]
+        first = probe.first_bad([order[point] for point in points])
+        edges = [good, *points, found]
+        at = len(points) if first is None else points.index(order.index(first))
+        good, found = edges[at], edges[at + 1]
     return order[found]
 
 
@@ -113,32 +123,69 @@ class _Probe:
     nodes: Mapping[str, fx.Node]
     answers: dict[str, bool] = field(default_factory=dict)
 
-    def is_bad(self, name: str) -> bool:
-        """Whether a value of the file differs from torch; a value of another shape tells nothing and counts as good."""
-        if name not in self.answers:
-            want, have = self._torch(self.nodes[name]), self._file(name)
-            self.answers[name] = want.shape == have.shape and not difference(want, have)[1] <= self.search.limit
-        return self.answers[name]
+    def first_bad(self, names: Sequence[str]) -> str | None:
+        """Return the first of some values that differs from torch; one of another shape tells nothing, and is good."""
+        for start in range(0, len(names), self.search.at_once):
+            part = names[start : start + self.search.at_once]
+            new = [name for name in part if name not in self.answers]
+            for name, have in self._file(new).items() if new else ():
+                want = self._torch(self.nodes[name])
+                self.answers[name] = want.shape == have.shape and not difference(want, have)[1] <= self.search.limit
+            worse = next((name for name in part if self.answers[name]), None)
+            if worse is not None:
+                return worse
+        return None
 
     def _torch(self, node: fx.Node) -> np.ndarray:
         with torch.no_grad():
             value = _run_until(self.program, node, self.search.inputs)
         return value.numpy(force=True)
 
-    def _file(self, name: str) -> np.ndarray:
-        probe = onnx.ModelProto()
-        probe.CopyFrom(self.proto)
-        if name not in {value.name for value in probe.graph.output}:
-            dtype = from_torch_dtype(self.nodes[name].meta["val"].dtype)
-            probe.graph.output.append(onnx.helper.make_tensor_value_info(name, int(dtype), None))
+    def _file(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        probe = _prefix(self.proto, [self._value(name) for name in names])
+        fed = {value.name for value in probe.graph.input}
         beside = self.path.with_name(f".{self.path.stem}.probe.onnx")
         try:
             beside.write_bytes(probe.SerializeToString())
-            names = [spec.name for spec in self.model.inputs]
-            feeds = {key: value.numpy() for key, value in zip(names, self.search.inputs, strict=True)}
-            return self.search.open_(beside, self.search.options).run(feeds)[name]
+            pairs = zip(self.model.inputs, self.search.inputs, strict=True)
+            feeds = {spec.name: value.numpy() for spec, value in pairs if spec.name in fed}
+            have = self.search.open_(beside, self.search.options).run(feeds)
+            return {name: have[name] for name in names}
         finally:
             beside.unlink(missing_ok=True)
+
+    def _value(self, name: str) -> onnx.ValueInfoProto:
+        """Return a value as an output, of the type that the file gives it, else of torch's."""
+        graph = self.proto.graph
+        known = next((v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output) if v.name == name), 0)
+        dtype = known or int(from_torch_dtype(self.nodes[name].meta["val"].dtype))
+        return onnx.helper.make_tensor_value_info(name, dtype, None)
+
+
+def _prefix(proto: onnx.ModelProto, outputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
+    """Return the part of a model that computes some values, with those as its outputs."""
+    wanted, nodes = {value.name for value in outputs}, list[onnx.NodeProto]()
+    for node in reversed(proto.graph.node):
+        if wanted.intersection(node.output):
+            nodes.append(node)
+            wanted |= _read(node)
+    part = onnx.ModelProto()
+    part.CopyFrom(proto)
+    for field_, kept in (
+        ("node", nodes[::-1]),
+        ("output", outputs),
+        ("input", [value for value in proto.graph.input if value.name in wanted]),
+        ("initializer", [value for value in proto.graph.initializer if value.name in wanted]),
+    ):
+        part.graph.ClearField(field_)
+        getattr(part.graph, field_).extend(kept)
+    return part
+
+
+def _read(node: onnx.NodeProto) -> set[str]:
+    """Return the values that a node reads, those that its subgraphs read from outside among them."""
+    inner = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    return {*node.input, *(name for graph in inner for part in graph.node for name in _read(part))}
 
 
 def _nodes(proto: onnx.ModelProto, program: torch.export.ExportedProgram) -> dict[str, fx.Node]:

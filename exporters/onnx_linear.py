@@ -8,30 +8,32 @@ term by term.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import from_torch_dtype
 
 from ..kernels.lut_spec import Activation, Mode
-from ..kernels.onnx_ops import DECODE, GATHERS, linear_op, onnx_attributes
-from ..kernels.pack import pack as pack_rows
 from ..optimizer import packed
 from ..optimizer.errors import ExportError
-from ..optimizer.packed import Coded
 from ..optimizer.weight import Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
+from .onnx_forms import Forms, LowTerm, Portable, Product
 from .onnx_place import Place, is_turn, number, place_of, readers, remove_dead, take_over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A weight that operators multiply by: its name, and whether its inputs are rounded to int8."""
+    """A weight that operators multiply by: its name, how it stands, and whether its inputs are rounded to int8."""
 
     name: str
     weight: Weight
     rounds: bool = False
+    forms: Forms = field(default_factory=Portable)
+
+    def part(self, suffix: str, weight: Weight) -> Layer:
+        """Return a term or a factor of this one as a layer that sees its inputs as they are."""
+        return replace(self, name=f"{self.name}.{suffix}", weight=weight, rounds=False)
 
 
 def replace_products(root: ir.Graph, value: ir.Value, layout: Layout, layer: Layer) -> None:
@@ -57,32 +59,12 @@ def dtype_of(weight: Weight) -> torch.dtype:
     return weight.values.dtype if isinstance(weight, Dense) else weight.dtype
 
 
-def decoded(place: Place, weight: Coded, name: str) -> ir.Value:
-    """Return the matrix of a weight by `LutDecode`, which any runtime folds to floats when it loads the file."""
-    codes = place.initializer(f"{name}.codes", pack_rows(weight.codes, weight.code_bits))
-    table = place.initializer(f"{name}.table", packed.lut_table(weight))
-    scale = place.initializer(f"{name}.scale", weight.scale)
-    attributes = onnx_attributes(DECODE, packed.lut_spec(weight), int(from_torch_dtype(weight.dtype)))
-    return place.add(DECODE, [codes, table, scale], weight.dtype, attributes)
-
-
-def parts(place: Place, weight: Coded, name: str) -> list[ir.Value]:
-    """Return codes, table and scale as kernels use them in place; made once for all that reads them."""
-    names = (f"{name}.c16.codes", f"{name}.table", f"{name}.c16.scale")
-    if names[0] not in place.root.initializers:
-        made = packed.lut_parts(weight)
-        return [place.initializer(*item) for item in zip(names, (made.codes, made.table, made.scale), strict=True)]
-    return [place.root.initializers[known] for known in names]
-
-
-def gather(root: ir.Graph, node: ir.Node, weight: Coded, name: str) -> None:
+def gather(root: ir.Graph, node: ir.Node, layer: Layer) -> None:
     """Replace a look-up of rows in the dense matrix by one of packed rows."""
-    place, rows = place_of(root, node), node.inputs[1]
+    place, rows, weight = place_of(root, node), node.inputs[1], layer.weight
     assert rows is not None
-    inputs = [place.cast(rows, torch.int64), *parts(place, weight, name)]
-    dtype = int(from_torch_dtype(weight.dtype))
-    attributes = onnx_attributes(GATHERS[dtype], packed.lut_spec(weight), dtype)
-    take_over(node.outputs[0], place.add(GATHERS[dtype], inputs, weight.dtype, attributes))
+    assert isinstance(weight, Uniform | Codebook)
+    take_over(node.outputs[0], layer.forms.looked_up(place, weight, layer.name, rows))
     remove_dead(node)
 
 
@@ -104,7 +86,7 @@ def _replace(root: ir.Graph, product: ir.Node, layer: Layer) -> None:
     _part_bias(root, product, layer.weight.shape[0])
     x = product.inputs[0]
     assert x is not None
-    tail = _tail(product, layer.weight)
+    tail = _tail(product, layer)
     place = place_of(root, product, tail.last)
     dtype = dtype_of(layer.weight)
     bias = None if tail.bias is None else place.cast(tail.bias, dtype)
@@ -117,7 +99,7 @@ def _product(place: Place, x: ir.Value, layer: Layer, tail: _Tail) -> ir.Value:
     """Return x W^T with what follows it, in the dtype of W."""
     weight, name, dtype = layer.weight, layer.name, dtype_of(layer.weight)
     x, found = place.cast(x, dtype), packed.terms(weight)
-    if found is not None and not packed.refusal(found.base, _mode(layer)):
+    if found is not None and not layer.forms.refusal(found.base, _mode(layer)):
         return _fused(place, x, layer, tail)
     if layer.rounds:
         raise ExportError("its weight has no int8 kernel", where=name, fix="run optimize again for this version")
@@ -126,13 +108,13 @@ def _product(place: Place, x: ir.Value, layer: Layer, tail: _Tail) -> ir.Value:
             turned = place.initializer(f"{name}.t", weight.values.T)
             return _plain_bias(place, place.add("MatMul", [x, turned], dtype), tail, dtype)
         case Uniform() | Codebook():
-            turned = place.add("Transpose", [decoded(place, weight, name)], dtype, {"perm": [1, 0]})
+            turned = place.add("Transpose", [layer.forms.decoded(place, weight, name)], dtype, {"perm": [1, 0]})
             return _plain_bias(place, place.add("MatMul", [x, turned], dtype), tail, dtype)
         case LowRank():
-            inner = _product(place, x, Layer(name=f"{name}.right", weight=weight.right), _Tail(last=tail.last))
-            return _product(place, inner, Layer(name=f"{name}.left", weight=weight.left), tail)
+            inner = _product(place, x, layer.part("right", weight.right), _Tail(last=tail.last))
+            return _product(place, inner, layer.part("left", weight.left), tail)
         case Sum():
-            layers = [Layer(name=f"{name}.{i}", weight=term) for i, term in enumerate(weight.terms)]
+            layers = [layer.part(str(i), term) for i, term in enumerate(weight.terms)]
             total = _product(place, x, layers[0], _Tail(last=tail.last))
             for other in layers[1:]:
                 term = place.cast(_product(place, x, other, _Tail(last=tail.last)), dtype)
@@ -150,7 +132,7 @@ def _fused(place: Place, x: ir.Value, layer: Layer, tail: _Tail) -> ir.Value:
     if found.low is None:
         return _lut(place, x, layer, tail)
     base = replace(layer, name=f"{layer.name}.0", weight=found.base)
-    right, left = (Layer(name=f"{layer.name}.1.{side}", weight=getattr(found.low, side)) for side in ("right", "left"))
+    right, left = (layer.part(f"1.{side}", getattr(found.low, side)) for side in ("right", "left"))
     inner = place.cast(_product(place, x, right, alone), dtype)
     if not packed.low_refusal(found.low):
         return _lut(place, x, base, tail, (inner, left))
@@ -162,49 +144,49 @@ def _lut(place: Place, x: ir.Value, layer: Layer, tail: _Tail, low: tuple[ir.Val
     """Add the one operator of a coded weight; `low`: R x and the left factor."""
     weight, left = layer.weight, None if low is None else low[1].weight
     assert isinstance(weight, Uniform | Codebook)
-    spec, mode = packed.lut_spec(weight), _mode(layer)
-    left_spec = packed.lut_spec(left) if isinstance(left, Uniform | Codebook) else None
-    op = linear_op(spec, mode=mode, activation=tail.activation, left=left_spec)
-    bias = no_bias(place, weight.dtype) if tail.bias is None else tail.bias
-    inputs = [x, *parts(place, weight, layer.name), bias]
+    term = None
     if low is not None:
         assert isinstance(left, Uniform | Codebook)
-        inputs += [low[0], *parts(place, left, low[1].name)]
-    attributes = onnx_attributes(op.name, spec, int(from_torch_dtype(weight.dtype)), left_spec)
-    return place.add(op.name, inputs, weight.dtype, attributes)
+        term = LowTerm(inner=low[0], left=left, name=low[1].name)
+    product = Product(
+        x=x,
+        weight=weight,
+        name=layer.name,
+        mode=_mode(layer),
+        bias=tail.bias,
+        activation=tail.activation,
+        low=term,
+    )
+    return layer.forms.multiplied(place, product)
 
 
 def _mode(layer: Layer) -> Mode:
     return "int8" if layer.rounds else "exact"
 
 
-def no_bias(place: Place, dtype: torch.dtype) -> ir.Value:
-    return place.initializer(f"no_bias.{str(dtype).removeprefix('torch.')}", torch.zeros(1, dtype=dtype))
-
-
 def _plain_bias(place: Place, value: ir.Value, tail: _Tail, dtype: torch.dtype) -> ir.Value:
     return value if tail.bias is None else place.add("Add", [value, tail.bias], dtype)
 
 
-def _takes_tail(weight: Weight) -> bool:
+def _takes_tail(layer: Layer) -> bool:
     """Whether the operator that makes the result can add a bias and apply an activation."""
-    found = packed.terms(weight)
-    if found is not None and not packed.refusal(found.base):
+    weight, found = layer.weight, packed.terms(layer.weight)
+    if found is not None and not layer.forms.refusal(found.base, "exact"):
         return found.low is None or not packed.low_refusal(found.low)
-    return isinstance(weight, LowRank) and _takes_tail(weight.left)
+    return isinstance(weight, LowRank) and _takes_tail(layer.part("left", weight.left))
 
 
-def _tail(product: ir.Node, weight: Weight) -> _Tail:
+def _tail(product: ir.Node, layer: Layer) -> _Tail:
     """Find what can be computed with a product; nothing else may read the values in between."""
     bias = product.inputs[2] if len(product.inputs) > 2 else None
     last = product
-    if not _takes_tail(weight):
+    if not _takes_tail(layer):
         return _Tail(last=last, bias=bias)
     last = after_marks(last)
     add = only_reader(last.outputs[0], "Add")
     if bias is None and add is not None:
         (other,) = [value for value in add.inputs if value is not last.outputs[0]] or [None]
-        if _is_vector(other, weight.shape[0]):
+        if _is_vector(other, layer.weight.shape[0]):
             bias, last = other, after_marks(add)
     activation, end = _activation(last.outputs[0])
     return _Tail(last=end or last, bias=bias, activation=activation)

@@ -45,8 +45,12 @@ class Place:
         """Return an initializer by its name, made on first use."""
         if name in self.root.initializers:
             return self.root.initializers[name]
-        value = ir.Value(name=name, const_value=TorchTensor(tensor.detach().contiguous(), name))
-        value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(from_torch_dtype(tensor.dtype))
+        return self.constant(name, TorchTensor(tensor.detach().contiguous(), name))
+
+    def constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return a new initializer, of any type that ONNX has."""
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype))
+        value.shape = ir.Shape(tensor.numpy().shape)
         self.root.register_initializer(value)
         return value
 

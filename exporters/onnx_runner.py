@@ -90,6 +90,8 @@ def load(path: Path, options: RunnerOptions) -> OnnxRunner:
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:
+        if reason := _lacks(path):
+            raise ExportError(reason, where=path.name, fix="keep both in one folder, or export it again") from error
         raise ExportError(
             f"onnxruntime does not load it: {_first_line(error)}",
             where=path.name,
@@ -115,6 +117,24 @@ def kernel_library() -> Path | None:
 def kernels() -> str:
     """Return the instruction sets of our kernels that this processor runs, "" where they were not built."""
     return ", ".join(native.isas()) if native.available() else ""
+
+
+def _lacks(path: Path) -> str:
+    """Return which file with weights of this one is missing or too short, "" where none is."""
+    import onnx  # takes memory that a process which runs a file does not need
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    try:
+        tensors = onnx.load(path, load_external_data=False).graph.initializer
+    except Exception:  # it is no ONNX file at all, which onnxruntime has said
+        return ""
+    for info in (ExternalDataInfo(tensor) for tensor in tensors if uses_external_data(tensor)):
+        beside, end = path.with_name(info.location), (info.offset or 0) + (info.length or 0)
+        if not beside.is_file():
+            return f"its weights are in {info.location}, which is missing"
+        if beside.stat().st_size < end:
+            return f"its weights are in {info.location}, which is incomplete"
+    return ""
 
 
 def _dtype(value: onnxruntime.NodeArg) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from ..kernels import native
 from ..optimizer.errors import RuntimeMissingError
 
 
@@ -19,6 +20,8 @@ def session_options(*, threads: int = 0, library: Path | None = None) -> onnxrun
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
     if library is not None:
+        if library == native.LIBRARY and (reason := native.problem()):
+            raise RuntimeMissingError(reason, fix="or run without kernels")
         try:
             settings.register_custom_ops_library(str(library))
         except Exception as error:

@@ -9,7 +9,7 @@ to the parameter. Uses of one weight share its tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import onnx_ir as ir
@@ -17,22 +17,23 @@ import torch
 
 from ..kernels.onnx_bodies import onnx_function
 from ..kernels.onnx_ops import DOMAIN, VERSION
-from ..optimizer import packed
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
 from ..optimizer.weight import Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
 from .onnx_conv import replace_convolutions
-from .onnx_linear import Layer, decoded, dtype_of, gather, replace_products
+from .onnx_forms import Forms, Portable
+from .onnx_linear import Layer, dtype_of, gather, replace_products
 from .onnx_place import Place, is_turn, number, place_of, readers, take_over
 
 
-def replace_weights(graph: ir.Graph, model: Model) -> None:
+def replace_weights(graph: ir.Graph, model: Model, forms: Forms | None = None) -> None:
     """Rewrite `graph` in place so that no initializer holds a dense copy of a compressed weight."""
-    aliases = model.aliases()
+    aliases, forms = model.aliases(), forms or Portable()
     for value in list(graph.initializers.values()):
         name = aliases.get(str(value.name), str(value.name))
         if name in model.weights:
-            _replace(graph, value, _Stored(weight=model.weights[name], layout=model.layouts[name], name=name), model)
+            stored = _Stored(weight=model.weights[name], layout=model.layouts[name], name=name, forms=forms)
+            _replace(graph, value, stored, model)
 
 
 def add_functions(model: ir.Model) -> None:
@@ -51,6 +52,10 @@ class _Stored:
     weight: Weight
     layout: Layout
     name: str
+    forms: Forms
+
+    def layer(self, *, rounds: bool = False) -> Layer:
+        return Layer(name=self.name, weight=self.weight, rounds=rounds, forms=self.forms)
 
 
 def _replace(graph: ir.Graph, value: ir.Value, stored: _Stored, model: Model) -> None:
@@ -59,15 +64,15 @@ def _replace(graph: ir.Graph, value: ir.Value, stored: _Stored, model: Model) ->
         _turn_dense(graph, value, weight)
         return
     if isinstance(weight, LowRank):
-        for node in list(_convolutions(value, layout)):
+        for node in list(convolutions(value, layout)):
             _divide(graph, node, weight, stored)
     rounds = stored.name in model.dynamic
     if rounds and layout.kind == "conv" and isinstance(weight, Uniform | Codebook):
-        replace_convolutions(graph, value, layout, Layer(name=stored.name, weight=weight, rounds=True))
-    replace_products(graph, value, layout, Layer(name=stored.name, weight=weight, rounds=rounds))
-    if isinstance(weight, Uniform | Codebook) and not packed.lookup_refusal(weight):
-        for node in list(_lookups(value, layout)):
-            gather(graph, node, weight, stored.name)
+        replace_convolutions(graph, value, layout, stored.layer(rounds=True))
+    replace_products(graph, value, layout, stored.layer(rounds=rounds))
+    if isinstance(weight, Uniform | Codebook) and not stored.forms.lookup_refusal(weight):
+        for node in list(lookups(value, layout)):
+            gather(graph, node, stored.layer())
     left = [node for node, _ in readers(value)]
     if left and rounds and any(node.op_type != "Gather" for node in left):
         what = f"its inputs are rounded to int8, but {left[0].op_type} reads it, for which there is no such kernel"
@@ -84,9 +89,9 @@ def _divide(root: ir.Graph, old: ir.Node, weight: LowRank, stored: _Stored) -> N
     assert x is not None
     (rows, rank), dtype, spatial = weight.left.shape, weight.dtype, stored.layout.shape[2:]
     inner = _inner_layout(stored.layout, rank)
-    right = _param(place, _Stored(weight=weight.right, layout=inner, name=f"{stored.name}.right"))
+    right = _param(place, replace(stored, weight=weight.right, layout=inner, name=f"{stored.name}.right"))
     pointwise = Layout(kind="conv", shape=(rows, rank, *(1 for _ in spatial)))
-    left = _param(place, _Stored(weight=weight.left, layout=pointwise, name=f"{stored.name}.left"))
+    left = _param(place, replace(stored, weight=weight.left, layout=pointwise, name=f"{stored.name}.left"))
     same = {name: attribute.value for name, attribute in old.attributes.items()}
     thin = place.add(old.op_type, [place.cast(x, dtype), right], dtype, same)
     biases = [] if bias is None else [place.cast(bias, dtype)]
@@ -115,7 +120,7 @@ def _param(place: Place, stored: _Stored) -> ir.Value:
     layout, dtype = stored.layout, dtype_of(stored.weight)
     if isinstance(stored.weight, Dense):
         return place.initializer(stored.name, layout.to_param(stored.weight.values))
-    matrix = _matrix(place, stored.weight, stored.name)
+    matrix = _matrix(place, stored.layer())
     if layout.kind == "matrix_t":
         return place.add("Transpose", [matrix], dtype, {"perm": [1, 0]})
     shape = place.initializer(f"{stored.name}.shape", torch.tensor(layout.shape))
@@ -129,19 +134,20 @@ def _param(place: Place, stored: _Stored) -> ir.Value:
     return place.add("Reshape", [turned, shape], dtype)
 
 
-def _matrix(place: Place, weight: Weight, name: str) -> ir.Value:
+def _matrix(place: Place, layer: Layer) -> ir.Value:
     """Return W computed as `dense()` does: products and sums in float32, rounded once."""
+    weight, name = layer.weight, layer.name
     match weight:
         case Dense():
             return place.initializer(name, weight.values)
         case Uniform() | Codebook():
-            return decoded(place, weight, name)
+            return layer.forms.decoded(place, weight, name)
         case LowRank():
-            left = place.cast(_matrix(place, weight.left, f"{name}.left"), torch.float32)
-            right = place.cast(_matrix(place, weight.right, f"{name}.right"), torch.float32)
+            left = place.cast(_matrix(place, layer.part("left", weight.left)), torch.float32)
+            right = place.cast(_matrix(place, layer.part("right", weight.right)), torch.float32)
             return place.cast(place.add("MatMul", [left, right], torch.float32), weight.dtype)
         case Sum():
-            terms = [_matrix(place, term, f"{name}.{i}") for i, term in enumerate(weight.terms)]
+            terms = [_matrix(place, layer.part(str(i), term)) for i, term in enumerate(weight.terms)]
             total = _add_up(place, [place.cast(term, torch.float32) for term in terms], torch.float32)
             return place.cast(total, weight.dtype)
         case _:
@@ -165,7 +171,7 @@ def _turn_dense(graph: ir.Graph, value: ir.Value, weight: Dense) -> None:
     take_over(turn.outputs[0], place.initializer(name, weight.values.T), rename=False)
 
 
-def _lookups(value: ir.Value, layout: Layout) -> Iterator[ir.Node]:
+def lookups(value: ir.Value, layout: Layout) -> Iterator[ir.Node]:
     """Yield the nodes that look rows of the whole parameter up."""
     if layout.kind != "matrix" or len(layout.shape) != 2:
         return
@@ -174,7 +180,7 @@ def _lookups(value: ir.Value, layout: Layout) -> Iterator[ir.Node]:
             yield node
 
 
-def _convolutions(value: ir.Value, layout: Layout) -> Iterator[ir.Node]:
+def convolutions(value: ir.Value, layout: Layout) -> Iterator[ir.Node]:
     """Yield the ungrouped convolutions whose kernel is this parameter."""
     kind = {"conv": "Conv", "conv_transpose": "ConvTranspose"}.get(layout.kind)
     for node, index in readers(value):

@@ -46,12 +46,22 @@ LEAST_AGREEMENT = 0.995
 ENOUGH_ROWS = 200
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """An ONNX file that is asked for the inner values of an artifact that keeps none, `at_once` of them a time."""
+
+    path: Path
+    open_: Open
+    at_once: int = 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Spec:
     """How a file is compared: batch sizes, and a tolerance `rel` (None: by the dtype of the weights).
 
     inputs: real inputs, one tensor per input of the model, of which the first rows are used; seeded ones without it.
-    kernels: whether our library computes the operators that it has.
+    kernels: whether our library computes the operators that it has. graph: where the first bad layer is looked for;
+    None: in the artifact itself, if it is an ONNX file.
     """
 
     batches: tuple[int, ...] = (1, 3)
@@ -59,6 +69,7 @@ class Spec:
     inputs: tuple[Tensor, ...] = ()
     seed: int = 0
     kernels: bool = True
+    graph: Graph | None = None
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
@@ -123,6 +134,7 @@ def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
     options = RunnerOptions(exact=True, kernels=spec.kernels)
     module, runner = model.module(), open_(path, options)
     nudged = _nudged(model.module(), spec.seed) if _rounds(model) and spec.rel is None else None
+    graph = spec.graph or (Graph(path=path, open_=open_) if path.suffix == ".onnx" else None)
     rows: list[Row] = []
     floats = onnx_integer.check(path, activations.layers(model)).floats if model.acts and path.suffix == ".onnx" else ()
     for batch in _batches(model, spec):
@@ -134,9 +146,16 @@ def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
         allowed = _allowed(model, spec, want, want if nudged is None else _outputs(nudged, inputs))
         row = replace(_row(runner.name, batch, (want, have), allowed), size_bytes=artifact_bytes(path))
         bad = [i for i, pair in enumerate(zip(want, have, strict=True)) if not difference(*pair)[1] <= row.limit]
-        if bad and path.suffix == ".onnx" and all(known.first_bad_layer is None for known in rows):
-            search = Search(open_=open_, options=options, inputs=inputs, limit=row.limit, output=bad[0])
-            row = replace(row, first_bad_layer=first_bad_layer(model, path, search))
+        if bad and graph and all(known.first_bad_layer is None for known in rows):
+            search = Search(
+                open_=graph.open_,
+                options=options,
+                inputs=inputs,
+                limit=row.limit,
+                output=bad[0],
+                at_once=graph.at_once,
+            )
+            row = replace(row, first_bad_layer=first_bad_layer(model, graph.path, search))
         rows.append(replace(row, float_operators=floats))
     return rows
 

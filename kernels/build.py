@@ -76,13 +76,14 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a library was made of, as written beside it."""
+    """What a library was made of, as written beside it; `size` is its own, in bytes (0: by an older version)."""
 
     compiler: str
     machine: str
     isas: tuple[str, ...]
     left_out: dict[str, str]
     sources: str
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +161,14 @@ def _build(out: Path, tools: Toolchain, objects: Path) -> Path:
         made = list(pool.map(lambda unit: _compile(unit, tools, objects), _units(tools, isas)))
     _drop_unused(objects)
     _link(made, tools, out)
-    made_of = Record(compiler=tools.version, machine=tools.machine, isas=isas, left_out=left_out, sources=digest)
+    made_of = Record(
+        compiler=tools.version,
+        machine=tools.machine,
+        isas=isas,
+        left_out=left_out,
+        sources=digest,
+        size=out.stat().st_size,
+    )
     _replace(out.with_suffix(".json"), lambda path: path.write_text(json.dumps(asdict(made_of), indent=1) + "\n"))
     return out
 

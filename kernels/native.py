@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
+import platform
+import struct
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
+
+from .elf import MACHINES
 
 ABI = 1
 LIBRARY = Path(__file__).with_name("libparedown.so")
@@ -13,6 +18,9 @@ MISSING = (
     "the CPU kernels were not built: install a C++ compiler and run pip install again, see optimize doctor; "
     "until then everything runs on the reference"
 )
+
+HEADER = 64
+"""Bytes of the header of a 64-bit ELF file."""
 
 U8, F16, BF16, F32 = range(4)
 """paredown_type."""
@@ -52,18 +60,40 @@ class Linear(Structure):
     )
 
 
+FUNCTIONS: tuple[tuple[str, type[object], list[type[object]]], ...] = (
+    ("message", c_char_p, [c_int32]),
+    ("codes_bytes", c_size_t, [POINTER(Weight)]),
+    ("scale_count", c_size_t, [POINTER(Weight)]),
+    ("scratch", c_size_t, [POINTER(Linear)]),
+    ("run_linear", c_int32, [POINTER(Linear)]),
+    ("gather", c_int32, [POINTER(Weight), c_void_p, c_int64, c_void_p, c_int32]),
+    ("isas", c_char_p, []),
+    ("isa", c_char_p, []),
+    ("use_isa", c_int32, [c_char_p]),
+    ("read", c_uint64, [c_void_p, c_size_t, c_int32]),
+)
+"""Name after paredown_, result and arguments of each function that is called from Python."""
+REGISTER = "RegisterCustomOps"
+"""The function that onnxruntime calls."""
+
+
 @functools.cache
 def problem() -> str:
     """Return why there are no kernels, "" where there are; nothing is loaded before the first call."""
     if not LIBRARY.exists():
         return MISSING
+    if reason := _misfit():
+        return f"{LIBRARY.name} {reason}; run pip install again"
     try:
-        found = int(ctypes.CDLL(str(LIBRARY)).paredown_abi())
+        found = ctypes.CDLL(str(LIBRARY))
+        interface = int(found.paredown_abi())
     except (OSError, AttributeError) as error:
         return f"{LIBRARY.name} cannot be loaded: {error}; run pip install again"
-    if found != ABI:
-        return f"{LIBRARY.name} has interface {found}, this version needs {ABI}; run pip install again"
-    return ""
+    if interface != ABI:
+        return f"{LIBRARY.name} has interface {interface}, this version needs {ABI}; run pip install again"
+    names = [*(f"paredown_{name}" for name, _, _ in FUNCTIONS), REGISTER]
+    absent = [name for name in names if not hasattr(found, name)]
+    return f"{LIBRARY.name} lacks {', '.join(absent)}; run pip install again" if absent else ""
 
 
 def available() -> bool:
@@ -77,18 +107,7 @@ def library() -> ctypes.CDLL:
     if reason := problem():
         raise LibraryError(reason)
     found = ctypes.CDLL(str(LIBRARY))
-    for name, result, arguments in (
-        ("message", c_char_p, [c_int32]),
-        ("codes_bytes", c_size_t, [POINTER(Weight)]),
-        ("scale_count", c_size_t, [POINTER(Weight)]),
-        ("scratch", c_size_t, [POINTER(Linear)]),
-        ("run_linear", c_int32, [POINTER(Linear)]),
-        ("gather", c_int32, [POINTER(Weight), c_void_p, c_int64, c_void_p, c_int32]),
-        ("isas", c_char_p, []),
-        ("isa", c_char_p, []),
-        ("use_isa", c_int32, [c_char_p]),
-        ("read", c_uint64, [c_void_p, c_size_t, c_int32]),
-    ):
+    for name, result, arguments in FUNCTIONS:
         function = getattr(found, f"paredown_{name}")
         function.restype, function.argtypes = result, arguments
     return found
@@ -126,3 +145,29 @@ def check(status: int) -> None:
     """Raise LibraryError where a call of the library did not succeed."""
     if status:
         raise LibraryError(f"the CPU kernels refuse: {library().paredown_message(status).decode()}")
+
+
+def _misfit() -> str:
+    """Return what keeps the library from being loaded, "" = nothing: one that lacks its end can end the process."""
+    size, recorded = LIBRARY.stat().st_size, _recorded_size()
+    if size < recorded:
+        return f"is incomplete, {size:,} of {recorded:,} bytes"
+    with LIBRARY.open("rb") as file:
+        header = file.read(HEADER)
+    if len(header) < HEADER or header[:6] != b"\x7fELF\x02\x01":
+        return "is no 64-bit little-endian ELF file"
+    (machine,) = struct.unpack_from("<H", header, 18)
+    if (built := MACHINES.get(machine, f"machine {machine}")) != platform.machine():
+        return f"is for {built}, this machine is {platform.machine()}"
+    (sections,), (each, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    end = sections + each * count
+    return f"is incomplete, {size:,} of {end:,} bytes" if size < end else ""
+
+
+def _recorded_size() -> int:
+    """Return the size that build.py wrote down, 0 where the record does not say it."""
+    try:
+        found = json.loads(LIBRARY.with_suffix(".json").read_text())["size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return found if isinstance(found, int) else 0

@@ -40,8 +40,13 @@ def batches(specs: Sequence[InputSpec], inputs: Sequence[Tensor]) -> tuple[int, 
 
 
 def examples(model: Model) -> tuple[Tensor, ...]:
-    """Return seeded inputs whose masks hide nothing: on a row that is hidden whole, runtimes differ."""
-    pairs = zip(model.inputs, model.examples(VERIFIED), strict=True)
+    """Return seeded inputs to compare on."""
+    return hide_nothing(model.inputs, model.examples(VERIFIED))
+
+
+def hide_nothing(specs: Sequence[InputSpec], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return inputs with masks of ones: on a row that is hidden whole, runtimes differ."""
+    pairs = zip(specs, inputs, strict=True)
     return tuple(torch.ones_like(x) if spec.name.endswith("mask") else x for spec, x in pairs)
 
 

@@ -70,6 +70,37 @@ def _out(function: Any) -> Any:
     return function
 
 
+def _graph(function: Any) -> Any:
+    options = (
+        click.option(
+            "--profile",
+            multiple=True,
+            metavar="NAME=LEAST:USUAL:LARGEST",
+            help="tensorrt: sizes of a named dimension.  [default: 1:8:32 of the first one]",
+        ),
+        click.option(
+            "--precision", type=click.Choice(("fp16", "bf16", "fp32")), help="tensorrt: of what is float.  [fp16]"
+        ),
+        click.option("--keep", multiple=True, metavar="LAYER", help="tensorrt: a layer that stays in float32."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _engine(function: Any) -> Any:
+    options = (
+        click.option("--library", help="tensorrt: tensorrt, or rtx for TensorRT-RTX.  [default: what is installed]"),
+        click.option("--plugin", is_flag=True, help="tensorrt: linear layers by our CUDA kernels; never run on a GPU."),
+        click.option("--sm", metavar="86,89", help="tensorrt: GPUs of an engine of TensorRT-RTX.  [default: any]"),
+        click.option("--timing-cache", type=_PATH, help="tensorrt: file of measured kernels to read and write back."),
+        click.option("--memory-limit", type=click.IntRange(min=1), metavar="MIB", help="tensorrt: of the builder."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @cli.command()
 @click.argument("recipe", type=_PATH)
 @click.option("--plan", "plan_file", type=_PATH, help="Replay the decisions of a plan.yaml.")
@@ -127,25 +158,41 @@ def plan(recipe: Path, explain: bool, settings: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("folder", type=_PATH)
-@click.option("--target", default="onnx", show_default=True, help="What to lower to.")
+@click.option("--target", default="onnx", show_default=True, help="What to lower to: onnx or tensorrt.")
 @click.option("--out", type=_PATH, help="File to write.  [default: in the folder]")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def export(folder: Path, target: str, out: Path | None, force: bool) -> None:
+@_graph
+@_engine
+def export(folder: Path, target: str, out: Path | None, force: bool, **options: Any) -> None:
     """Lower the model of an output folder."""
-    from . import run as runs
+    from . import targets
 
-    click.echo(runs.export(folder, target, out, force=force))
+    click.echo(targets.export(folder, target, out, force=force, settings=_engine_settings(target, options)))
 
 
 @cli.command()
 @click.argument("folder", type=_PATH)
-@click.option("--runtime", default="onnxruntime", show_default=True, help="Where to run the artifact.")
+@click.option("--target", required=True, help="The board: jetson-orin, jetson-thor or server.")
+@click.option("--out", type=_PATH, help="Folder to make.  [default: the folder's name and the board's]")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@_graph
+def bundle(folder: Path, target: str, out: Path | None, force: bool, **options: Any) -> None:
+    """Make a folder that a board builds its TensorRT engine from."""
+    from ..exporters import bundle as bundles
+
+    chosen = bundles.Options(**_engine_settings("tensorrt", options))
+    click.echo(bundles.bundle(folder, target, out, chosen, force=force))
+
+
+@cli.command()
+@click.argument("folder", type=_PATH)
+@click.option("--runtime", default="onnxruntime", show_default=True, help="Where to run it: onnxruntime or tensorrt.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
 def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
     """Compare the exported artifact of a folder with the stored model, output by output."""
-    from . import run as runs
+    from . import targets
 
-    for line in runs.verify(folder, runtime, kernels=not no_kernels):
+    for line in targets.verify(folder, runtime, kernels=not no_kernels):
         click.echo(line)
 
 
@@ -208,9 +255,10 @@ def demo(out: Path) -> None:
 def doctor() -> None:
     """Say what this machine has, what works on it, and how to mend what does not."""
     from ..exporters.onnx_session import session_options
+    from ..exporters.tensorrt_library import examine
     from . import doctor as doctors
 
-    for line in doctors.examine(lambda library: session_options(library=library)):
+    for line in (*doctors.examine(lambda library: session_options(library=library)), *examine()):
         click.echo(line)
 
 
@@ -255,6 +303,26 @@ def _usage(error: click.ClickException) -> str:
 def _settings(options: dict[str, Any]) -> tuple[str, ...]:
     seed = options.get("seed")
     return (*options["settings"], *(() if seed is None else (f"seed={seed}",)))
+
+
+def _engine_settings(target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the Options of tensorrt that were given; RecipeError if another target was."""
+    given = {name: value for name, value in options.items() if value not in (None, (), False)}
+    if not given or target != "tensorrt":
+        for name in given:
+            raise RecipeError(f"--{name.replace('_', '-')} is of --target tensorrt", fix="leave it out")
+        return {}
+    from ..exporters import tensorrt_profile
+
+    if "profile" in given:
+        given["profile"] = tensorrt_profile.parse(given["profile"])
+    if "keep" in given:
+        given["keep"] = frozenset(given["keep"])
+    if "sm" in given:
+        given["sm"] = tuple(given["sm"].split(","))
+    if "memory_limit" in given:
+        given["memory_bytes"] = given.pop("memory_limit") * 2**20
+    return given
 
 
 def _run(recipe: Recipe, options: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ NEEDED = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy", "safet
 EXTRAS = {
     "scikit-learn": "optimize demo needs it: pip install 'paredown[demo]'",
     "transformers": "Hugging Face folders need it: pip install 'paredown[hf]'",
-    "tensorrt": "TensorRT engines are not built by this version",
 }
 AGAIN = "pip install it again (-v shows what the compiler says; PAREDOWN_KERNELS=required makes it an error)"
 

@@ -6,6 +6,7 @@ of one of these and a `LowRank`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
@@ -32,6 +33,22 @@ class Terms:
 
     base: Coded
     low: LowRank | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """A standard operator of an exported file that reads floats of a weight; `part`: of some of its rows only."""
+
+    op: str
+    part: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """How a weight computes in an exported file, and the operators that read floats of it, decoded at load."""
+
+    mode: str
+    decoded_for: tuple[Reader, ...] = ()
 
 
 def terms(weight: Weight) -> Terms | None:
@@ -138,15 +155,32 @@ def low_refusal(low: LowRank) -> str:
     return _dtype_refusal(left) or onnx_ops.supports_left(lut_spec(left), lut_table(left).dtype)
 
 
-def decoded_because(weight: Weight, layout: Layout) -> str:
-    """Return why a weight is decoded to floats when a file is loaded, as far as its form says it."""
-    if layout.kind == "conv_transpose":
-        return "transposed convolutions have no kernel"
-    if layout.kind == "conv":
-        return dynamic_refusal(weight, layout) or "exact convolutions have no kernel, activations: dynamic has one"
-    coded = list(_coded(weight))
-    reasons = [reason for part in coded if (reason := refusal(part))]
-    return reasons[0] if reasons else "what multiplies it is no linear layer or embedding"
+def decoded_because(weight: Weight, layout: Layout, readers: Sequence[Reader]) -> str:
+    """Return why operators of a file read a weight as floats, which are decoded when the file is loaded."""
+    return "; ".join(dict.fromkeys(_because(weight, layout, reader) for reader in readers)) or "nothing reads it packed"
+
+
+def _because(weight: Weight, layout: Layout, reader: Reader) -> str:
+    match reader.op:
+        case "ConvTranspose":
+            return "transposed convolutions have no kernel"
+        case "Conv" if layout.kind == "conv_transpose":  # the left factor of a product, which is 1x1
+            return "transposed convolutions have no kernel"
+        case "Conv":
+            return dynamic_refusal(weight, layout) or "exact convolutions have no kernel, activations: dynamic has one"
+        case "GRU" | "LSTM" | "RNN":
+            return "recurrent layers have no kernel"
+        case _ if reader.part:
+            return f"{reader.op} reads a part of it"
+        case "Gather":
+            if not isinstance(weight, Uniform | Codebook):
+                return "rows of a sum or a product have no kernel"
+            return lookup_refusal(weight) or "what looks it up is no embedding"
+        case "MatMul" | "Gemm":
+            reasons = [reason for coded in _coded(weight) if (reason := refusal(coded))]
+            return reasons[0] if reasons else "what multiplies it is no linear layer"
+        case _:
+            return f"{reader.op} reads it, which has no kernel"
 
 
 def _dtype_refusal(weight: Coded) -> str:

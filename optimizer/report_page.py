@@ -197,6 +197,7 @@ def _verified(row: Report) -> dict[str, str]:
         "max_abs": fmt.plain(number(row, "max_abs")),
         "rel": fmt.plain(number(row, "rel")),
         "agreement": fmt.DASH if agreement is None else f"{100 * agreement:.2f} %",
+        "size": fmt.size(number(row, "size_bytes")),
         "bad": text(row, "first_bad_layer"),
     }
 

@@ -14,7 +14,9 @@ from .verdict import EQUAL_WITHIN, condition
 LONG_MODES = {
     "decoded": "decoded to floats at load",
     "exact": "packed (exact)",
+    "exact + decoded": "packed (exact) and decoded",
     "int8 dynamic": "packed (int8 dynamic)",
+    "int8 dynamic + decoded": "packed (int8 dynamic) and decoded",
 }
 Tone: TypeAlias = Literal["good", "bad", "same"]
 
@@ -89,7 +91,7 @@ def computing(report: Report) -> str:
     if not counts:
         return ""
     found = ", ".join(f"{count} {LONG_MODES.get(mode, mode)}" for mode, count in counts.most_common())
-    packed = bool(counts.keys() & {"exact", "int8 dynamic"})
+    packed = any(mode.startswith(("exact", "int8 dynamic")) for mode in counts)
     kernels = text(report, "environment", "kernels")
     told = f"; kernels: {kernels or 'none, the portable bodies of the file ran'}" if packed else ""
     return f"Layers: {found}{told}."

@@ -114,7 +114,7 @@ def _decisions(report: Report) -> Table:
 
 
 def _verify(report: Report) -> Table:
-    table = _table("verification", "runtime", "batch", "max abs", "relative", "same argmax", "first bad layer")
+    table = _table("verification", "runtime", "batch", "max abs", "relative", "same argmax", "file", "first bad layer")
     for row in rows(report, "verify"):
         agreement = number(row, "argmax_agreement")
         table.add_row(
@@ -123,6 +123,7 @@ def _verify(report: Report) -> Table:
             fmt.plain(number(row, "max_abs")),
             fmt.plain(number(row, "rel")),
             fmt.DASH if agreement is None else f"{100 * agreement:.2f} %",
+            fmt.size(number(row, "size_bytes")),
             escape(text(row, "first_bad_layer") or "none"),
         )
     return table

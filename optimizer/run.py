@@ -1,6 +1,7 @@
 """The pipeline: checkpoint -> model -> steps -> export -> verify -> bench -> report, in one folder.
 
-The only module, with `cli`, that reaches across folders: exporters and bench are imported where they are used.
+With `cli` and `targets` the only module that reaches across folders: exporters and bench are imported where they are
+used.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,11 +38,12 @@ from .planning import Job, Planned
 from .progress import Reporter
 from .recipe import Recipe, Step, step_module
 from .steps import Decision, Hooks, LayerResult
+from .targets import exporter
 from .verdict import is_slower
 from .walk import trace
 from .workspace import Workspace, fingerprint
 
-TARGETS, RUNTIMES, SCENARIOS = ("onnx",), ("onnxruntime",), ("edge",)
+RUNTIMES, SCENARIOS = ("onnxruntime",), ("edge",)
 RESUME = "the layers that are finished are kept for --resume"
 UNTOUCHED = "no step asked for it"
 
@@ -91,6 +92,10 @@ def check(recipe: Recipe) -> None:
     """Raise for what cannot work whatever the model is, before anything takes time."""
     for target in recipe.export:
         exporter(target, recipe.at("export"))
+        if target != "onnx":
+            what = f"{target} lowers for one machine, which a recipe does not name"
+            fix = f"write export: [onnx], and run optimize export DIR --target {target} on that machine"
+            raise RecipeError(what, where=recipe.at("export"), fix=fix)
     if recipe.gates.max_drop is not None and recipe.metric is None:
         fix = 'write metric: {entry: "path.py:function"}'
         raise RecipeError("max_drop needs a metric", where=recipe.at("gates"), fix=fix)
@@ -323,13 +328,6 @@ def _foreign_code(step: Step, decisions: Sequence[Decision]) -> list[str]:
     return [inspect.getsource(importlib.import_module(name)) for name in names]
 
 
-def exporter(target: str, where: str = "") -> Any:
-    """Return `exporters/<target>.py`: suffix, Options, export and open."""
-    if target not in TARGETS:
-        raise RecipeError(f'there is no export target "{target}"', where=where, fix=nearest(target, TARGETS))
-    return importlib.import_module(f"{__package__.rpartition('.')[0]}.exporters.{target}")
-
-
 def _environment() -> dict[str, Any]:
     from ..bench.environment import fingerprint as machine
 
@@ -341,43 +339,3 @@ def dry_run(recipe: Recipe, options: Options) -> str:
     check(recipe)
     job = planning.load(recipe)
     return planning.forecast(job, _planned(job, options))
-
-
-def export(folder: Path, target: str, out: Path | None, *, force: bool) -> Path:
-    """Lower the stored model of an output folder and return the file, which appears only when it is whole."""
-    module = exporter(target, "--target")
-    path = out or folder / f"model{module.suffix}"
-    if path.exists() and not force:
-        raise RecipeError(f'the file "{path.name}" exists already', fix="use --force or another --out")
-    model = store.load(folder)
-    if path.is_dir() or not path.parent.is_dir():
-        what = f'"{path}" is a folder' if path.is_dir() else f'the folder "{path.parent}" does not exist'
-        raise RecipeError(what, where="--out", fix="name a file to write")
-    with workspace.disk_errors(path), tempfile.TemporaryDirectory(prefix=".paredown-", dir=path.parent) as made:
-        module.export(model, Path(made) / path.name, module.Options())
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-        for file in sorted(Path(made).iterdir(), reverse=True):  # external weights first
-            file.replace(path.parent / file.name)
-    return path
-
-
-def verify(folder: Path, runtime: str, *, kernels: bool = True) -> list[str]:
-    """Compare the exported artifact of a folder with its stored model; return a line per batch size.
-
-    kernels: False runs the portable bodies of the file even where our library is built.
-    """
-    from ..exporters import verify as comparison
-
-    if runtime not in RUNTIMES:
-        what = f'there is no runtime "{runtime}" in this version'
-        raise RuntimeMissingError(what, where="--runtime", fix=nearest(runtime, RUNTIMES))
-    path = folder / "model.onnx"
-    model = store.load(folder)
-    if not path.is_file():
-        raise InputError("is missing", where=str(path), fix=f"run optimize export {folder}")
-    spec = comparison.Spec(inputs=artifact.examples(model), kernels=kernels)
-    rows = comparison.verify(model, path, exporter("onnx").open, spec)
-    return [
-        f"{row.runtime} batch {row.batch}: relative {row.rel:.1e}, max {row.max_abs:.1e}, first bad layer: none"
-        for row in rows
-    ]

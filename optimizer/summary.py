@@ -13,6 +13,7 @@ from . import activations, cost, packed
 from .graph import Graph
 from .metric import Metric
 from .model import Model
+from .packed import Computed
 from .recipe import Step, step_module
 from .steps import Decision, LayerResult
 from .weight import Codebook, Dense, LowRank, Sum, Uniform, Weight, format_name
@@ -70,20 +71,22 @@ def layer_rows(model: Model, results: Sequence[LayerResult]) -> list[dict[str, A
     return rows
 
 
-def tell_modes(parts: dict[str, Any], model: Model, modes: Mapping[str, str], kernels: str) -> None:
+def tell_modes(parts: dict[str, Any], model: Model, modes: Mapping[str, Computed], kernels: str) -> None:
     """Write into a report how layers compute in the exported file, why some are decoded, and the kernels there are."""
     parts["environment"]["kernels"] = kernels or None
-    parts["layers"] = [row | {"mode": modes[row["name"]]} for row in parts["layers"]]
-    reasons = {
-        name: f"decoded to floats at load: {packed.decoded_because(model.weights[name], model.layouts[name])}"
-        for name, mode in modes.items()
-        if mode == "decoded"
-    }
+    parts["layers"] = [row | {"mode": modes[row["name"]].mode} for row in parts["layers"]]
+    reasons = {name: _why_floats(model, name, found) for name, found in modes.items() if "decoded" in found.mode}
     rows = [_with_reason(row, reasons) for row in parts["decisions"]]
     told = {row["layer"] for row in rows}
     rows += [{"layer": name, "fallback": "floats", "reason": why} for name, why in reasons.items() if name not in told]
-    packs = any(mode in ("exact", "int8 dynamic") for mode in modes.values())
+    packs = any(found.mode.startswith(("exact", "int8 dynamic")) for found in modes.values())
     parts["decisions"] = [*rows, {"layer": "*", **NO_KERNELS}] if packs and not kernels else rows
+
+
+def _why_floats(model: Model, name: str, found: Computed) -> str:
+    also = "" if found.mode == "decoded" else "also "
+    because = packed.decoded_because(model.weights[name], model.layouts[name], found.decoded_for)
+    return f"{also}decoded to floats at load: {because}"
 
 
 def _with_reason(row: Mapping[str, Any], reasons: Mapping[str, str]) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def why_slower(parts: Mapping[str, Any]) -> str:
     """Return the likeliest reason why a smaller file is slower, from the rows of its report."""
     if any(row.get("fallback") == NO_KERNELS["fallback"] for row in parts["decisions"]):
         return NO_KERNELS["reason"]
-    if any(row["mode"] == "decoded" for row in parts["layers"]):
+    if any("decoded" in (row["mode"] or "") for row in parts["layers"]):
         return "layers that are decoded to floats when the file is loaded run at the speed of floats"
     if any(row["step"] == "prune" for row in parts["steps"]):
         return "narrow convolutions are padded to 16 channels by many processors: prune with round_to: 16"

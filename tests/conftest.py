@@ -20,7 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
         for library in ("OMP", "OPENBLAS"):
             os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     shapes.install()
-    settings.register_profile("fast", max_examples=25)  # chosen by tests/check --fast
+    settings.register_profile("fast", max_examples=25)
+    if "not slow" in config.option.markexpr and not config.getoption("--hypothesis-profile"):
+        settings.load_profile("fast")
 
 
 def pytest_collection_finish() -> None:

@@ -12,7 +12,10 @@ namespace paredown::ort::cuda {
 
 namespace {
 
-constexpr char kBuild[] = "build them with python -m paredown.kernels.cuda.cubins";
+#ifndef PAREDOWN_BUILD_CUBINS
+#define PAREDOWN_BUILD_CUBINS "build them with python -m paredown.kernels.cuda.cubins"
+#endif
+constexpr char kBuild[] = PAREDOWN_BUILD_CUBINS;
 
 /* A file that cubins.py made, as its manifest.json describes it; `driver` as cuDriverGetVersion has it. */
 struct Made {

@@ -197,6 +197,10 @@ def perceptron() -> Model:
     return pack_all(build(Perceptron, ROWS))
 
 
-@pytest.fixture(params=NETS)
+SLOW_NETS = {"recurrent", "half", "product convolutions"}
+"""Those that a test of every network leaves to the whole run."""
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_NETS)) for name in NETS])
 def net(request: pytest.FixtureRequest, exported: Callable[[str], Exported]) -> Exported:
     return exported(request.param)

@@ -116,7 +116,7 @@ def multiplications(path: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize("form", FACTORS)
+@pytest.mark.parametrize("form", [pytest.param(x, marks=[pytest.mark.slow] * (x != "codebook 4")) for x in FACTORS])
 def test_every_layer_exports_as_two_and_verifies(tmp_path: Path, form: str) -> None:
     model, path = factorized(build(Layers, IMAGE), 3, form), tmp_path / "net.onnx"
     target.export(model, path)
@@ -159,7 +159,7 @@ def test_a_convolution_is_its_thin_self_and_a_pointwise_one(tmp_path: Path) -> N
     assert not {"strided.weight", "up.weight", "line.weight"} & set(held)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("rank", [3, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (1, 5))])
 def test_the_multiplications_of_the_file_are_those_that_are_reported(tmp_path: Path, rank: int) -> None:
     dense = build(Layers, (replace(IMAGE[0], shape=(1, 6, 9, 9)),))
     layers = ("strided.weight", "dilated.weight", "up.weight", "line.weight", "head.weight")

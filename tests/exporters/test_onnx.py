@@ -148,7 +148,7 @@ def test_the_file_holds_no_local_path(net: Any) -> None:
         assert stray not in content
 
 
-@pytest.mark.parametrize("opset", [18, 21, 23, 25])
+@pytest.mark.parametrize("opset", [25, *(pytest.param(opset, marks=pytest.mark.slow) for opset in (18, 21, 23))])
 def test_every_opset_is_written_as_asked(perceptron: Model, tmp_path: Path, opset: int) -> None:
     path = tmp_path / "net.onnx"
     target.export(perceptron, path, target.Options(opset=opset))
@@ -189,6 +189,7 @@ export(model.with_weights({"0.weight": book}), pathlib.Path(sys.argv[1]), Option
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     running = []
     for seed in ("1", "2"):
@@ -210,6 +211,7 @@ def test_opening_a_file_imports_neither_torch_nor_onnx(exported: Callable[[str],
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_second_export_keeps_a_named_sequence_length(exported: Callable[[str], Any], tmp_path: Path) -> None:
     model = exported("recurrent").model  # torch 2.13 loses it on the second export of a process
     target.export(model, tmp_path / "again.onnx")
@@ -232,6 +234,20 @@ def test_bfloat16_is_written_but_not_run_by_onnxruntime(perceptron: Model, tmp_p
     assert dtypes == {TensorProto.BFLOAT16}
     with pytest.raises(ExportError, match=r"net.onnx: onnxruntime does not load it: .*; bfloat16 and opsets"):
         target.open(tmp_path / "net.onnx")
+
+
+def test_weights_that_are_not_beside_the_file_are_named(tmp_path: Path) -> None:
+    inputs = [InputSpec(name="x", shape=("batch", 32))]
+    model = from_module(nn.Linear(32, 32), inputs, Source(entry="n:n"))
+    target.export(model, tmp_path / "net.onnx", target.Options(external_bytes=0))
+    beside = tmp_path / "net.onnx.data"
+    beside.write_bytes(beside.read_bytes()[:-1])
+    said = "net.onnx: its weights are in net.onnx.data, which is {}; keep both in one folder, or export it again"
+    for wrong in ("incomplete", "missing"):
+        with pytest.raises(ExportError) as caught:
+            target.open(tmp_path / "net.onnx")
+        assert str(caught.value) == said.format(wrong)
+        beside.unlink(missing_ok=True)
 
 
 class Fixed(nn.Module):

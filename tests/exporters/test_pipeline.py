@@ -34,10 +34,10 @@ ALONE = {"gru", "lstm", "cells"}
 """Networks without a group: their hidden states are outputs."""
 FIXED = {"vision", "cells"}
 """Networks whose batch torch's trace for ONNX fixes: exported for one size."""
-QUICK = {"residual", "encoder_decoder", "squeeze_excite", "grouped", "raw", "swiglu"}
+QUICK = {"grouped", "raw"}
 """Networks of a second or two; the others are marked slow."""
-QUICK_INTEGER = {"encoder_decoder", "squeeze_excite", "grouped"}
-"""The same, for int8: between them transposed convolutions, floats between int8 layers, and groups."""
+QUICK_INTEGER = {"squeeze_excite"}
+"""The same, for int8: floats between int8 layers."""
 CNNS = [net.name for net in NETS if net.file in ("convolutions", "features")]
 FLOATS = {
     "dense": ("BatchNormalization",),

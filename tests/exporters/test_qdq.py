@@ -30,7 +30,7 @@ FLOATS: dict[str, tuple[str, ...]] = {
 
 `test_pipeline` holds every convolutional network to the same, after pruning.
 """
-NETS = ["residual", "separable", "swiglu", pytest.param("llama", marks=pytest.mark.slow)]
+NETS = ["residual", *(pytest.param(name, marks=pytest.mark.slow) for name in ("separable", "swiglu", "llama"))]
 
 
 @functools.cache
@@ -94,13 +94,14 @@ def test_the_file_holds_codes_and_nothing_that_names_the_machine(folder: Path) -
     assert not [node for node in proto.graph.node if node.doc_string or node.metadata_props]
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     model, path = exported("separable", folder)
     target.export(model, tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("opset", [18, 21, 23])
+@pytest.mark.parametrize("opset", [18, *(pytest.param(opset, marks=pytest.mark.slow) for opset in (21, 23))])
 def test_other_opsets_run_in_integers_too(opset: int, tmp_path: Path) -> None:
     """Each of them has a QuantizeLinear of its own."""
     model, path = int8("detector"), tmp_path / "net.onnx"

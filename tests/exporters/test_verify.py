@@ -44,9 +44,9 @@ def test_every_net_passes_at_two_batch_sizes(net: Any) -> None:
     ("name", "tensor", "layer"),
     [
         ("attention", "attention.in_proj_weight.c16.scale", "attention (linear)"),
-        ("attention", "embedding.weight.c16.scale", "embedding (embedding)"),
+        pytest.param("attention", "embedding.weight.c16.scale", "embedding (embedding)", marks=pytest.mark.slow),
         ("convolutions", "up.weight.scale", "up (convolution)"),
-        ("recurrent", "gru.weight_hh_l0_reverse.scale", "gru (getitem_3)"),
+        pytest.param("recurrent", "gru.weight_hh_l0_reverse.scale", "gru (getitem_3)", marks=pytest.mark.slow),
         ("products", "second.weight.1.right.c16.scale", "second (linear_1)"),
         ("pair", "b_right", "right (linear_1)"),
     ],

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from struct import pack
 
 import pytest
 
 from paredown import kernels
-from paredown.kernels import native
+from paredown.exporters.onnx_session import session_options
+from paredown.kernels import elf, native
 from paredown.kernels.lut_spec import ACTIVATIONS, MODES
+from paredown.optimizer.errors import RuntimeMissingError
 
 HEADER = Path(native.__file__).parent / "cpu" / "paredown.h"
 C_TYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "size_t": ctypes.c_size_t}
@@ -83,7 +89,66 @@ def test_a_library_that_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch, t
 def test_a_file_that_is_no_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "libparedown.so")
     native.LIBRARY.write_bytes(b"no library")
+    assert native.problem() == "libparedown.so is no 64-bit little-endian ELF file; run pip install again"
+    native.problem.cache_clear()
+    native.LIBRARY.write_bytes(elf_header(platform.machine()))
     assert re.fullmatch(r"libparedown.so cannot be loaded: .*; run pip install again", native.problem())
+
+
+def elf_header(machine: str) -> bytes:
+    """Return the header of an ELF file without sections."""
+    (number,) = [number for number, name in elf.MACHINES.items() if name == machine]
+    return b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + pack("<HHI", 3, number, 1) + bytes(40)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("recorded", ["size", "no size", "no record", "no json"])
+@built
+def test_a_library_that_lacks_its_end_is_never_loaded(
+    recorded: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = native.LIBRARY.read_bytes()
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libparedown.so")
+    record = {"size": json.dumps({"size": len(whole)}), "no size": "{}", "no json": '{"size": 1'}
+    if recorded in record:
+        native.LIBRARY.with_suffix(".json").write_text(record[recorded])
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("it was loaded"))
+    for size in (len(whole) - 1, len(whole) // 2, 5000):
+        native.LIBRARY.write_bytes(whole[:size])
+        native.problem.cache_clear()
+        why = f"libparedown.so is incomplete, {size:,} of {len(whole):,} bytes; run pip install again"
+        assert native.problem() == why
+        with pytest.raises(RuntimeMissingError, match=f"{re.escape(why)}; or run without kernels"):
+            session_options(library=native.LIBRARY)
+
+
+@pytest.mark.usefixtures("fresh")
+@built
+def test_the_record_says_the_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = native.LIBRARY.stat().st_size
+    monkeypatch.setattr(native, "LIBRARY", Path(shutil.copy(native.LIBRARY, tmp_path)))
+    native.LIBRARY.with_suffix(".json").write_text(json.dumps({"size": size}))
+    assert native.problem() == ""
+    native.problem.cache_clear()
+    native.LIBRARY.with_suffix(".json").write_text(json.dumps({"size": size + 1}))
+    assert native.problem() == f"libparedown.so is incomplete, {size:,} of {size + 1:,} bytes; run pip install again"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_library_of_another_machine_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = platform.machine()
+    other = next(name for name in elf.MACHINES.values() if name != here)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libparedown.so")
+    native.LIBRARY.write_bytes(elf_header(other))
+    assert native.problem() == f"libparedown.so is for {other}, this machine is {here}; run pip install again"
+
+
+@pytest.mark.usefixtures("fresh")
+@built
+def test_a_library_that_lacks_functions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FUNCTIONS", (*native.FUNCTIONS, ("hum", ctypes.c_int32, [])))
+    monkeypatch.setattr(native, "REGISTER", "RegisterNothing")
+    assert native.problem() == "libparedown.so lacks paredown_hum, RegisterNothing; run pip install again"
 
 
 @pytest.mark.usefixtures("fresh")

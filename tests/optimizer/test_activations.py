@@ -31,7 +31,7 @@ from paredown.optimizer.model import ActQuant, InputSpec, Model, Source, from_mo
 from paredown.optimizer.steps import Ground, Hooks
 from paredown.optimizer.weight import Dense, Uniform
 
-from ..zoo.nets import ZOO
+from ..zoo.nets import ZOO, in_turn
 from .int8_nets import int8, rounded, w8
 
 NETS = ("residual", "separable", "waves", "encoder_decoder", "squeeze_excite", "detector", "gated")
@@ -111,7 +111,7 @@ def test_a_constant_tensor_has_a_grid() -> None:
         assert abs((255 - grid.zero) * grid.scale - 2.0) < 0.01
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", in_turn(NETS, 0))
 def test_names_do_not_change_between_captures(name: str) -> None:
     model, net = w8(name), ZOO[name]
     known = []

@@ -259,7 +259,9 @@ class Masked(nn.Module):
         return (y, z) if weights is None else (y, z, weights)
 
 
-@pytest.mark.parametrize(("kept", "need_weights"), [("all", False), ("everything", True)])
+@pytest.mark.parametrize(
+    ("kept", "need_weights"), [("all", False), pytest.param("everything", True, marks=pytest.mark.slow)]
+)
 def test_the_exported_program_and_the_onnx_file_give_the_same(kept: str, need_weights: bool) -> None:
     """Captured at one size, run at another."""
     made = Masked(sliced(Attention.from_module(built(Case())), **PRUNED[kept]), need_weights).eval()

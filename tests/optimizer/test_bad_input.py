@@ -960,6 +960,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_size_limit_is_a_full_disk(tmp_path: Path) -> None:
     project(tmp_path)
     before = listing(tmp_path)

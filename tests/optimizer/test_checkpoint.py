@@ -105,7 +105,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.parametrize("name", ["big.safetensors", "big.pt"])
+@pytest.mark.parametrize("name", ["big.safetensors", pytest.param("big.pt", marks=pytest.mark.slow)])
 def test_big_files_are_mapped(tmp_path: Path, name: str) -> None:
     state = {f"w{i}": torch.ones(8 << 20) for i in range(4)}
     SAVERS["a" + Path(name).suffix](state, tmp_path / name)

@@ -32,7 +32,7 @@ from paredown.optimizer.steps import Decision, Ground, Hooks, Result
 from paredown.optimizer.walk import trace
 from paredown.optimizer.weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
 
-from ..zoo.nets import ZOO, Net
+from ..zoo.nets import ZOO, Net, in_turn
 from ..zoo.traced import case
 from .tiny import edit, optimize, project
 
@@ -92,7 +92,7 @@ def quantized(model: Model, net: Net, options: Any = FINE, **fields: Any) -> Res
     return quantize.apply(model, spec, decisions, calibration(net), Hooks())
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", in_turn(ZOO, 1))
 def test_the_zoo_is_factorized_where_that_saves(name: str) -> None:
     """Every layer has a result; a low rank has fewer weights and multiplications; the rest stays and says why."""
     net, (result, decisions) = case(name), factorized(name, ratio=0.3)
@@ -456,6 +456,7 @@ def test_the_report_knows_rank_bits_and_format(chain: Model) -> None:
 STEPS = "  - quantize: {quantizer: kmeans, bits: 4}\n"
 
 
+@pytest.mark.slow
 def test_the_command_factorizes_then_quantizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = project(tmp_path)
     low = "  - factorize: {rank: 3, layers: [conv2, linear]}\n"
@@ -489,6 +490,7 @@ def test_the_other_order_is_an_error_that_names_layer_and_line(tmp_path: Path, m
     assert line.endswith("recipe.yaml:5; put factorize before quantize")
 
 
+@pytest.mark.slow
 def test_the_command_adds_a_residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = project(tmp_path)
     edit(folder / "recipe.yaml", "bits: 4}", "bits: 2, residual: {rank: 2}, override: {linear: {residual: null}}}")

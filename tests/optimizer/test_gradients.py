@@ -17,7 +17,7 @@ from paredown.optimizer.gradients import Gradients, gradients, sampled_loss
 from paredown.optimizer.graph import capture
 from paredown.optimizer.model import Model, Source, from_module
 
-from ..zoo.nets import ZOO
+from ..zoo.nets import ZOO, in_turn
 
 TIED = {"llama": {"embed_tokens.weight"}, "raw": {"both_ways"}}
 """Weights that are used in more ways than the columns of one matrix."""
@@ -44,7 +44,7 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", in_turn(ZOO, 4))
 def test_gates_are_the_slopes_of_the_loss_along_scaled_channels(name: str) -> None:
     """Scaling an input channel of a weight scales its columns: a central difference in float64, sample by sample."""
     net = ZOO[name]

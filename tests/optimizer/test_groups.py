@@ -20,9 +20,7 @@ from paredown.optimizer.groups import Group, Unit
 from paredown.optimizer.model import InputSpec, Model, Source, from_module
 from paredown.optimizer.prune import Analysis, Spec
 
-from ..zoo.nets import NETS
-
-ZOO = {net.name: net for net in NETS}
+from ..zoo.nets import ZOO, in_turn
 
 WIDTHS = {
     "residual": {"stem": 6, "blocks.0.conv1": 6, "blocks.1.conv1": 10},
@@ -70,7 +68,7 @@ def removals(draw: st.DrawFn, found: tuple[Group, ...]) -> dict[str, list[Unit]]
     return gone
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if WIDTHS.get(name, {"": 1})])
+@pytest.mark.parametrize("name", in_turn([name for name in ZOO if WIDTHS.get(name, {"": 1})], 3))
 @settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_cut_network_computes_what_the_masked_one_does(name: str, data: st.DataObject) -> None:

@@ -101,6 +101,7 @@ def test_without_a_file_only_what_is_sure_is_told(here: Path, monkeypatch: pytes
     assert modes == {"conv1.weight": "int8 dynamic", "conv2.weight": "dense", "linear.weight": "int8 dynamic"}
 
 
+@pytest.mark.slow
 def test_a_plan_is_replayed_with_its_activations(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(here, monkeypatch, f"{STEP}, activations: dynamic")
     edit(here / "out" / "plan.yaml", "activations: dynamic, ", "")

@@ -18,7 +18,16 @@ from paredown.kernels.lut_linear import LutLinear
 from paredown.kernels.lut_spec import LutParts, LutSpec
 from paredown.optimizer.errors import RecipeError
 from paredown.optimizer.model import ActQuant, InputSpec, Model
-from paredown.optimizer.packed import decoded_because, int8_refusal, low_refusal, lut_parts, lut_spec, refusal, terms
+from paredown.optimizer.packed import (
+    Reader,
+    decoded_because,
+    int8_refusal,
+    low_refusal,
+    lut_parts,
+    lut_spec,
+    refusal,
+    terms,
+)
 from paredown.optimizer.packed_module import packed_module
 from paredown.optimizer.weight import Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
 
@@ -160,10 +169,36 @@ def test_reasons_say_what_has_no_kernel() -> None:
     found = terms(Sum(terms=(book, low)))
     assert found is not None
     assert (found.base, found.low) == (book, low)
-    matrix, image = Layout(kind="matrix", shape=(20, 24)), Layout(kind="conv", shape=(20, 24, 1, 1))
-    assert decoded_because(made("codebook 5"), matrix) == "5 bits have no operator"
-    assert decoded_because(book, image) == "exact convolutions have no kernel, activations: dynamic has one"
-    assert decoded_because(book, matrix) == "what multiplies it is no linear layer or embedding"
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "readers", "why"),
+    [
+        ("codebook 5", "matrix", ["MatMul"], "5 bits have no operator"),
+        ("codebook 4", "matrix", ["MatMul"], "what multiplies it is no linear layer"),
+        ("codebook 4", "matrix", ["GRU", "GRU"], "recurrent layers have no kernel"),
+        ("codebook 4", "matrix", ["part MatMul"], "MatMul reads a part of it"),
+        ("codebook 4", "matrix", ["Mul", "LSTM"], "Mul reads it, which has no kernel; recurrent layers have no kernel"),
+        ("codebook 4", "matrix", ["Gather"], "what looks it up is no embedding"),
+        ("codebook 4", "matrix", [], "nothing reads it packed"),
+        ("product", "matrix", ["Gather"], "rows of a sum or a product have no kernel"),
+        ("product", "matrix", ["MatMul"], "5 bits have no operator"),
+        ("product", "conv", ["Conv"], "a sum or a product of weights is not convolved in int8"),
+        ("codebook 4", "conv", ["Conv"], "exact convolutions have no kernel, activations: dynamic has one"),
+        ("codebook 5", "conv", ["Conv"], "5 bits have no operator"),
+        ("product", "conv_transpose", ["ConvTranspose", "Conv"], "transposed convolutions have no kernel"),
+    ],
+)
+def test_reasons_of_what_is_decoded_name_its_readers(form: str, kind: str, readers: list[str], why: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if form == "product":
+        left = packed(torch.randn(20, 3), "codebook 5", generator)
+        weight: Weight = LowRank(left=left, right=packed(torch.randn(3, 24), "codebook 4", generator))
+    else:
+        weight = packed(torch.randn(20, 24), form, generator)
+    shape = (20, 24) if kind == "matrix" else (20, 24, 1, 1)
+    found = [Reader(op=name.removeprefix("part "), part=name.startswith("part ")) for name in readers]
+    assert decoded_because(weight, Layout(kind=kind, shape=shape), found) == why  # type: ignore[arg-type]
 
 
 def test_parts_and_spec_mean_the_weight() -> None:

@@ -24,7 +24,7 @@ from paredown.optimizer.prune import Spec, Width
 from paredown.optimizer.steps import Decision, Ground, Hooks, Result
 from paredown.optimizer.walk import trace
 
-from ..zoo.nets import NETS, ZOO, Net
+from ..zoo.nets import NETS, ZOO, Net, in_turn
 from .tiny import edit, optimize, project
 
 PRUNABLE = [net.name for net in NETS if net.name not in ("gru", "lstm", "cells")]
@@ -50,7 +50,7 @@ def of_zoo(net: Net, spec: Spec) -> tuple[Result, tuple[Decision, ...]]:
     return pruned(net.model(), net.batch(16, seed=4), spec)
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
+@pytest.mark.parametrize("name", in_turn(PRUNABLE, 2))
 def test_every_network_is_pruned_stored_and_trained_on(name: str, tmp_path: Path) -> None:
     net = ZOO[name]
     result, decisions = of_zoo(net, Spec(ratio=0.4))

@@ -28,7 +28,7 @@ from paredown.optimizer.steps import Decision, Ground, Hooks, Result
 from paredown.optimizer.walk import trace
 from paredown.optimizer.weight import Codebook, Dense, Uniform, Weight
 
-from ..zoo.nets import ZOO, Net
+from ..zoo.nets import ZOO, Net, in_turn
 from ..zoo.traced import case
 from ..zoo.watched import Expected, raw_expected, watched
 
@@ -84,7 +84,7 @@ def rel(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("quantizer", OPTIONS)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", in_turn(ZOO, 0))
 def test_the_zoo_is_quantized(name: str, quantizer: str) -> None:
     result, decisions = quantized(name, quantizer)
     net = case(name)
@@ -105,7 +105,7 @@ def seen_by(name: str, model: Model) -> Expected:
     return raw_expected(module, fitted(net.net)) if name == "raw" else watched(module, fitted(net.net))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", in_turn(ZOO, 0))
 def test_errors_are_relative_output_errors_on_what_the_prefix_gives(name: str) -> None:
     """A weight used once sees the quantized network; one used often sees the network as it was."""
     result, _ = quantized(name, "lnq")
@@ -138,7 +138,9 @@ def until(original: Model, result: Model, layer: str, order: list[str]) -> Model
     return original.with_weights({key: result.weights[key] for key in order[: order.index(layer)]})
 
 
-@pytest.mark.parametrize("name", ["separable", "cross_attention", "llama", "gru"])
+@pytest.mark.parametrize(
+    "name", ["separable", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cross_attention", "llama", "gru"))]
+)
 def test_two_runs_give_the_same_bytes(name: str) -> None:
     net, spec = case(name), Spec(quantizer="lnq")
     decisions = quantize.plan(net.model, spec, (OPTIONS["lnq"],), Ground(graph=net.traced.graph))

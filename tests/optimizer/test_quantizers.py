@@ -29,7 +29,15 @@ from ..strategies import SEEDS, formats, layers, output_error, random_stats, ran
 NAMES = sorted(p.stem for p in Path(paredown.optimizer.quantizers.__path__[0]).glob("*.py") if p.stem != "__init__")
 MODULES = [importlib.import_module(f"paredown.optimizer.quantizers.{name}") for name in NAMES]
 FAST = settings(max_examples=10, deadline=None, derandomize=True)
-every = pytest.mark.parametrize("quantizer", MODULES, ids=NAMES)
+SLOW = {"power"}
+"""Those left to the whole run: it takes half of the processor time of this file."""
+every = pytest.mark.parametrize(
+    "quantizer",
+    [
+        pytest.param(module, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for module, name in zip(MODULES, NAMES, strict=True)
+    ],
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -183,7 +183,7 @@ def test_page_begins_with_the_verdict_and_shows_everything() -> None:
         "0.543 to 0.577",
     ]
     expected += ["layer3.2.conv2", "measured 1.12 times slower", "torch reference", "48.7 s", "612 MB", "--set steps.0"]
-    expected += ["Seed 0.", "avx512_vnni", "override: {conv1: {bits: 8}}"]
+    expected += ["Seed 0.", "avx512_vnni", "override: {conv1: {bits: 8}}", "197 kB"]
     assert [text for text in expected if text not in shown] == []
 
 
@@ -214,6 +214,7 @@ def test_show_lists_widths_layers_decisions_and_verification() -> None:
         "whole model",
         "100.00 %",
         "80.72 % (79.94 to 81.48)",
+        "197 kB",
     ):
         assert text in shown
 
@@ -302,7 +303,7 @@ def _chromium(folder: Path, *options: str) -> str:
 
 
 @needs_chromium
-@pytest.mark.parametrize(("width", "height"), [(400, 900), (1200, 1600)])
+@pytest.mark.parametrize(("width", "height"), [pytest.param(400, 900, marks=pytest.mark.slow), (1200, 1600)])
 def test_screenshots_light_and_dark(tmp_path: Path, width: int, height: int) -> None:
     _, html = report.write(full_report(), tmp_path)
     means = []
@@ -325,14 +326,49 @@ def test_browser_shows_the_texts(tmp_path: Path) -> None:
         assert text in [part.strip() for part in shown]
 
 
+def _wide_report() -> Json:
+    """Return a report whose table of layers has every column, and long names."""
+    report = full_report()
+    report["layers"] = [
+        {
+            "name": f"model.encoder.layers.{index}.self_attention.query_projection.weight",
+            "shape": [512, 512, 3, 3],
+            "channels_kept": 512,
+            "rank": 128,
+            "format": "codebook 4 + rank 128",
+            "bits": 4.2,
+            "size_bytes": 1_234_567,
+            "error_rel": 0.0123,
+            "mode": "int8 dynamic + decoded",
+        }
+        for index in range(3)
+    ]
+    return report
+
+
 @needs_chromium
-@pytest.mark.parametrize("example", [full_report, hostile_report])
-def test_page_does_not_scroll_sideways_at_360_pixels(tmp_path: Path, example: Callable[[], Json]) -> None:
-    """A frame, because the window of --dump-dom is never narrower than 500 pixels."""
-    html = re.sub(r"<meta http-equiv[^>]*>", "", report.render(example()))
-    probe = "document.title = contentDocument.documentElement.scrollWidth + ' of ' + contentWindow.innerWidth"
-    page = tmp_path / "frame.html"
-    page.write_text(f'<iframe width="360" height="900" onload="{probe}" srcdoc="{escape(html)}"></iframe>')
-    found = re.search(r"<title>(\d+) of (\d+)</title>", _chromium(tmp_path, "--dump-dom", page.as_uri()))
+@pytest.mark.parametrize("example", [full_report, hostile_report, _wide_report])
+def test_page_does_not_scroll_sideways(tmp_path: Path, example: Callable[[], Json]) -> None:
+    """At 360 pixels, and at 1100 pixels no table of layers either.
+
+    Frames, because the window of --dump-dom is never narrower than 500 pixels.
+    """
+    html = escape(re.sub(r"<meta http-equiv[^>]*>", "", report.render(example())))
+    of_page = "contentDocument.documentElement.scrollWidth + ' of ' + contentWindow.innerWidth"
+    panel = "contentDocument.querySelector('.layers').parentElement"
+    of_table = f"{panel}.scrollWidth + ' of ' + {panel}.clientWidth"
+    probe = f"document.title += {of_page} + ', ' + {of_table} + ';'"
+    frames = [
+        f'<iframe width="{width}" height="900" onload="{probe}" srcdoc="{html}"></iframe>' for width in (360, 1100)
+    ]
+    page = tmp_path / "frames.html"
+    page.write_text("<title></title>" + "".join(frames))
+    found = re.search(r"<title>(.*)</title>", _chromium(tmp_path, "--dump-dom", page.as_uri()))
     assert found is not None
-    assert int(found[1]) <= int(found[2]) == 360
+    sizes = {}
+    for frame in found[1].removesuffix(";").split(";"):
+        needed, width, of_layers, panel_width = map(int, re.findall(r"\d+", frame))
+        assert needed <= width
+        sizes[width] = of_layers, panel_width
+    assert sizes.keys() == {360, 1100}
+    assert sizes[1100][0] <= sizes[1100][1]

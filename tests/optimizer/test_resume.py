@@ -138,7 +138,7 @@ def mostly_slow(names: Iterable[str], *fast: str) -> list[Any]:
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("moment", mostly_slow(MOMENTS, "layer 2"))
+@pytest.mark.parametrize("moment", mostly_slow(MOMENTS))
 def test_a_killed_run_goes_on(moment: str, here: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "die").write_text(f"{moment} 9")
     process = start()
@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on(moment: str, here: Path, alone: Path, monkeypatch:
     assert not [path.name for path in here.iterdir() if path.name.startswith(".out")]
 
 
-@pytest.mark.parametrize("moment", mostly_slow(MOMENTS, "metric 1", "layer 3"))
+@pytest.mark.parametrize("moment", mostly_slow(MOMENTS, "layer 3"))
 def test_an_interrupted_run_goes_on(moment: str, here: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = listing(here)
     (here / "die").write_text(f"{moment} {int(signal.SIGINT)}")
@@ -205,7 +205,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(CHANGES, "recipe", "metric"))
+@pytest.mark.parametrize("name", mostly_slow(CHANGES, "recipe"))
 def test_what_was_changed_is_not_reused(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(here / "recipe.yaml", "export: [onnx]", "export: []")
     interrupt(here, monkeypatch, "metric 2")
@@ -226,6 +226,7 @@ def test_what_another_version_finished_is_not_reused(here: Path, monkeypatch: py
     assert calls(here) == ["data", "metric", "layer", "layer", "layer", "metric"]
 
 
+@pytest.mark.slow
 def test_a_second_run_to_one_folder_is_refused(here: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "die").write_text("layer 2 wait")
     process = start()

@@ -141,6 +141,7 @@ def test_a_folder_loads_alone_and_trains_on(finished: tuple[Path, Outcome], tmp_
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_bench_measures_the_original_beside_the_result(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from paredown.bench import edge
 

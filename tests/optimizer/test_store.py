@@ -24,10 +24,10 @@ from paredown.optimizer.graph import quiet_export
 from paredown.optimizer.model import ActQuant, InputSpec, Model, Source, SourceFile, from_module
 from paredown.optimizer.weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
 
-from ..zoo.nets import ZOO
+from ..zoo.nets import ZOO, in_turn
 from ..zoo.traced import case
 
-each = pytest.mark.parametrize("name", ZOO)
+each = pytest.mark.parametrize("name", in_turn(ZOO, 1))
 
 
 def coded(weight: Weight, index: int) -> Weight:

@@ -1,4 +1,4 @@
-"""The README's tables of the kernels, from bench/results/{kernels,llama,modes}.json; `tables.py` writes them."""
+"""The README's tables of kernels and engines, from bench/results/; `tables.py` writes them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ FORMS = {
     "ours 3b exact": "ours, 3 bits, exact",
     "ours 2b exact": "ours, 2 bits, exact",
 }
+ENGINES = ("int8 Q/DQ", "int4 uniform", "codebook 4", "codebook 3", "codebook 2", "codebook 4 + rank 4")
 TOKENS = (1, 8, 64, 512)
 
 
@@ -91,3 +92,28 @@ def _speed(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     return f"{row['gb_per_s']:.0f} ({100 * row['gb_per_s'] / row['read_gb_per_s']:.0f} %)"
+
+
+def engines() -> str:
+    """Bytes of TensorRT-RTX's engines by form, of single products and of the real checkpoints."""
+    forms = " | ".join(("dense fp32", "dense fp16", *ENGINES))
+    lines = [
+        "Kilobytes of engines that TensorRT-RTX 1.7.1 builds for compute capability 8.6, floats in fp16 but for the "
+        "first column, any batch of 1 to 32; every packed form that the export has is kept (its default keeps one only "
+        "where the engine becomes smaller). An engine holds code of its kernels too, which is most of a small one. "
+        "No speed was measured: there was no GPU. `python tests/real/tensorrt_table.py layers`, `real`.\n",
+        f"| | {forms} |",
+        "|---|" + "---|" * (2 + len(ENGINES)),
+    ]
+    for name in ("layers", "real"):
+        rows = json.loads((RESULTS / f"tensorrt_{name}.json").read_text())
+        for network in dict.fromkeys(row["network"] for row in rows):
+            found = {
+                row["form"]: row["engine_bytes"]
+                for row in rows
+                if row["network"] == network and row.get("choice") != "smallest"
+            }
+            cells = (found.get(form) for form in ("dense fp32", "dense fp16", *ENGINES))
+            sizes = " | ".join("" if size is None else f"{size / 1e3:,.0f}" for size in cells)
+            lines.append(f"| {network} | {sizes} |")
+    return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kernel_tables import kernels, llama, modes
+from kernel_tables import engines, kernels, llama, modes
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "bench" / "results"
@@ -203,7 +203,7 @@ def _file_ratio(row: dict[str, Any]) -> float:
     return float(model / baseline)
 
 
-TABLES = (kernels, llama, modes, pruning, speed, int8, kinds, accuracy, others, scaling)
+TABLES = (kernels, llama, modes, engines, pruning, speed, int8, kinds, accuracy, others, scaling)
 
 if __name__ == "__main__":
     main()

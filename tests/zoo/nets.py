@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
 from paredown.optimizer.model import InputSpec
 
 from .net import Net as Net
@@ -379,3 +384,9 @@ ZOO = {net.name: net for net in NETS}
 """Name -> network."""
 NORMALIZED = ("residual", "separable", "waves", "encoder_decoder", "squeeze_excite", "grouped", "detector")
 """Those with batch normalizations that all fold."""
+
+
+def in_turn(names: Iterable[str], turn: int) -> list[Any]:
+    """Return networks as parameters of a test, every fifth in the fast suite; with other turns it is others' turn."""
+    marks = ((), pytest.mark.slow)
+    return [pytest.param(name, marks=marks[i % 5 != turn]) for i, name in enumerate(names)]

@@ -1,0 +1,113 @@
+"""Lower a model, build its engine, and put the engine, its metadata and its ONNX file into place together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx_ir as ir
+
+from ..optimizer.artifact import mark
+from ..optimizer.model import Model
+from ..optimizer.workspace import file_sha256
+from . import tensorrt_build, tensorrt_engine, tensorrt_plugin, tensorrt_profile
+from .tensorrt_build import Built
+from .tensorrt_graph import GraphOptions, Lowered, lower
+from .tensorrt_library import Library
+from .tensorrt_profile import Sizes
+
+if TYPE_CHECKING:
+    from .tensorrt import Options
+
+EXTERNAL_BYTES = 1_000_000_000
+"""A file of protobuf holds two GiB; weights above this go beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is built: everything that was asked for, checked. `folder` is empty, and may hold anything afterwards."""
+
+    library: Library
+    options: Options
+    sizes: Mapping[str, Sizes]
+    sm: tuple[str, ...]
+    folder: Path
+
+
+def write(model: Model, path: Path, order: Order) -> None:
+    """Build in `order.folder`, then put everything into place: the engine last, so that what is beside it fits it."""
+    options, made = order.options, order.folder / path.name
+    how = GraphOptions(precision=options.precision, opset=options.opset, keep=options.keep, plugin=options.plugin)
+    lowered = lower(model, how)
+    graph = tensorrt_engine.onnx_path(made)
+    save(lowered.proto, graph)
+    job = tensorrt_build.Job(
+        library=order.library,
+        onnx=graph,
+        shapes=tensorrt_profile.shapes(model.inputs, order.sizes),
+        sm=order.sm if order.library.name == "rtx" else (),
+        timing_cache=options.timing_cache,
+        memory_bytes=options.memory_bytes,
+        plugin=order.folder / "kernels" if options.plugin else None,
+    )
+    if job.plugin is not None:
+        tensorrt_plugin.write_kernels(lowered.proto, job.plugin)
+    (work := order.folder / "build").mkdir()
+    built = tensorrt_build.build(job, work)
+    built.engine.rename(made)
+    metadata = _metadata(model, made, order, (lowered, built))
+    metadata.write(tensorrt_engine.metadata_path(made))
+    _put(order, path, built)
+
+
+def save(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, with weights beside it where they are too many for one file."""
+    total = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if total <= EXTERNAL_BYTES:
+        onnx.save(proto, path)
+    else:
+        ir.save(ir.from_proto(proto), path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+
+
+def _metadata(model: Model, made: Path, order: Order, results: tuple[Lowered, Built]) -> tensorrt_engine.Metadata:
+    (lowered, built), options = results, order.options
+    cache = options.timing_cache
+    return tensorrt_engine.Metadata(
+        library=order.library.name,
+        version=order.library.version,
+        compute_capability=order.sm or (tensorrt_engine.PORTABLE,),
+        precision=options.precision,
+        plugin=options.plugin,
+        opset=options.opset,
+        profile={name: sizes.as_list() for name, sizes in order.sizes.items()},
+        inputs=[{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in model.inputs],
+        outputs=[value.name for value in lowered.proto.graph.output],
+        layers=built.layers,
+        size_bytes=made.stat().st_size,
+        onnx_sha256=mark(tensorrt_engine.onnx_path(made)),
+        engine_sha256=file_sha256(made),
+        timing_cache_read_sha256=file_sha256(cache) if cache and cache.is_file() else None,
+        timing_cache_sha256=file_sha256(built.timing_cache) if built.timing_cache else None,
+        decisions=[dataclasses.asdict(decision) for decision in lowered.decisions],
+    )
+
+
+def _put(order: Order, path: Path, built: Built) -> None:
+    """Move what was made beside its final name; weights of an older ONNX file go."""
+    cache = order.options.timing_cache
+    if cache and built.timing_cache:
+        beside = cache.with_name(f".{cache.name}.new")
+        beside.write_bytes(built.timing_cache.read_bytes())
+        beside.replace(cache)
+    made, graph = order.folder / path.name, tensorrt_engine.onnx_path(path)
+    data = made.with_name(f"{graph.name}.data")
+    if data.exists():
+        data.replace(path.with_name(data.name))
+    else:
+        path.with_name(data.name).unlink(missing_ok=True)
+    for name in (graph.name, tensorrt_engine.metadata_path(path).name, path.name):
+        made.with_name(name).replace(path.with_name(name))

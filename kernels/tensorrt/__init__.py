@@ -1,0 +1,1 @@
+"""Linear layers by our CUDA kernels in TensorRT: the operator of the graph, and the plugins that compute it."""

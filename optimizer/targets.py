@@ -1,0 +1,81 @@
+"""What a stored model can be lowered to, and where the result can be run: `optimize export` and `optimize verify`.
+
+With `run` and `cli` the only module that reaches across folders.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import artifact, store, workspace
+from .errors import InputError, RecipeError, RuntimeMissingError, nearest
+
+TARGETS = ("onnx", "tensorrt")
+RUNTIMES = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}
+"""Runtime -> the target whose files it runs."""
+
+
+def exporter(target: str, where: str = "") -> Any:
+    """Return `exporters/<target>.py`: suffix, Options, export, open and comparison."""
+    if target not in TARGETS:
+        raise RecipeError(f'there is no export target "{target}"', where=where, fix=nearest(target, TARGETS))
+    return importlib.import_module(f"{__package__.rpartition('.')[0]}.exporters.{target}")
+
+
+def export(
+    folder: Path, target: str, out: Path | None, *, force: bool, settings: Mapping[str, Any] | None = None
+) -> Path:
+    """Lower the stored model of an output folder and return the file, which appears only when it is whole.
+
+    settings: fields of the target's Options.
+    """
+    module = exporter(target, "--target")
+    options = module.Options(**(settings or {}))
+    path = out or folder / f"model{module.suffix}"
+    if path.exists() and not force:
+        raise RecipeError(f'the file "{path.name}" exists already', fix="use --force or another --out")
+    model = store.load(folder)
+    if path.is_dir() or not path.parent.is_dir():
+        what = f'"{path}" is a folder' if path.is_dir() else f'the folder "{path.parent}" does not exist'
+        raise RecipeError(what, where="--out", fix="name a file to write")
+    with workspace.disk_errors(path), tempfile.TemporaryDirectory(prefix=".paredown-", dir=path.parent) as made:
+        module.export(model, Path(made) / path.name, options)
+        files = sorted(Path(made).iterdir(), reverse=True)  # external weights first
+        for file in files:
+            if not file.with_name(f"{file.name}.data").exists():
+                (path.parent / f"{file.name}.data").unlink(missing_ok=True)
+        for file in files:
+            file.replace(path.parent / file.name)
+    return path
+
+
+def verify(folder: Path, runtime: str, *, kernels: bool = True) -> list[str]:
+    """Compare the exported artifact of a folder with its stored model; return a line per batch size.
+
+    kernels: False runs the portable bodies of the file even where our library is built.
+    """
+    from ..exporters import verify as comparison
+
+    if runtime not in RUNTIMES:
+        what = f'there is no runtime "{runtime}" in this version'
+        raise RuntimeMissingError(what, where="--runtime", fix=nearest(runtime, RUNTIMES))
+    target = RUNTIMES[runtime]
+    module = exporter(target)
+    path = folder / f"model{module.suffix}"
+    model = store.load(folder)
+    if not path.is_file():
+        how = "" if target == "onnx" else f" --target {target}"
+        raise InputError("is missing", where=str(path), fix=f"run optimize export {folder}{how}")
+    if target == "onnx":
+        spec = comparison.Spec(inputs=artifact.examples(model), kernels=kernels)
+    else:
+        model, spec = module.comparison(path, model)
+    rows = comparison.verify(model, path, module.open, spec)
+    return [
+        f"{row.runtime} batch {row.batch}: relative {row.rel:.1e}, max {row.max_abs:.1e}, first bad layer: none"
+        for row in rows
+    ]
