@@ -75,7 +75,7 @@ class _Contents:
 def bundle(folder: Path, target: str, out: Path | None, options: Options, *, force: bool = False) -> Path:
     """Write the bundle of an output folder for a board, all of it or nothing, and return its folder."""
     board = bundle_boards.find(target)
-    path = out or folder.with_name(f"{folder.resolve().name}-{target}")
+    path = out or (folder if folder.name else folder.resolve()).with_name(f"{folder.resolve().name}-{target}")
     _check(path, force=force)
     model = store.load(folder)
     contents = _contents(model, folder.resolve().name, board, options)

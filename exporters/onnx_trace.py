@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,9 @@ def _program(
     module: nn.Module, inputs: Sequence[InputSpec], example: tuple[Tensor, ...], opset: int
 ) -> torch.onnx.ONNXProgram:
     """Export with named dimensions; where torch refuses the names, let it find the dimensions itself."""
+    # What torch.onnx.export imports: an interruption meanwhile would end as an error of a module that is half there.
+    for name in ("torch._dynamo", "torch._inductor"):
+        importlib.import_module(name)
     try:
         return _export(module, example, opset, named_dims(inputs))
     except Exception as first:

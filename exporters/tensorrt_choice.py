@@ -223,10 +223,6 @@ class _Layer:
         elif rows is not None:
             yield rows, "" if weight.code_bits == 8 else "convolutions are held in 8 bits or more"
 
-    def _no_form(self, weight: Uniform | Codebook) -> str:
-        no_rows = self._is_convolved and int8_rows(weight) is None
-        return "convolutions take int8 with one scale per row, which it is not" if no_rows else ""
-
     def _refusal(self, weight: Uniform | Codebook) -> str:
         """Return why the engine cannot hold a weight in its form, "" where it can."""
         if self.rule.plugin is not None and not self._is_convolved:

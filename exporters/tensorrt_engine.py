@@ -87,6 +87,8 @@ def read_metadata(engine: Path) -> Metadata:
         data = json.loads(path.read_text())
         if data.pop("schema") != SCHEMA:
             raise KeyError("schema")
+        if data["library"] not in TITLES:
+            raise ValueError(f"there is no library {data['library']}")
         return Metadata(**{**data, "compute_capability": tuple(data["compute_capability"])})
     except FileNotFoundError:
         what = "the metadata is missing, so that nothing says what the engine is for"

@@ -125,7 +125,7 @@ def _rule(model: Model, options: GraphOptions) -> Rule:
 def _check_keep(model: Model, keep: frozenset[str]) -> None:
     """Raise RecipeError where a layer to keep is none of the model's."""
     modules = [name for name, _ in model.skeleton.named_modules()]
-    known = {*modules, *model.weights, *model.tensors}
+    known = {*modules, *model.weights, *model.tensors} - {""}
     for name in sorted(keep - known):
         raise RecipeError(f'there is no layer "{name}" to keep in float32', fix=nearest(name, known))
 

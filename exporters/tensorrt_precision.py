@@ -96,8 +96,7 @@ def _reason(node: ir.Node, precision: Precision) -> str:
 def _beyond(values: np.ndarray, *, exact: bool) -> str:
     """Return a number that float16 cannot stand for: a finite one beyond its range, or one that it rounds too far.
 
-    Only a single number is judged by its rounding, or all where they have to be `exact`: of many, small ones count
-    little beside large ones.
+    Of many, small ones count little beside large ones: they are judged together, unless they have to be `exact`.
     """
     known = values[np.isfinite(values) & (values != 0)]
     if not known.size:
@@ -105,9 +104,11 @@ def _beyond(values: np.ndarray, *, exact: bool) -> str:
     largest = known[np.abs(known).argmax()]
     if abs(largest) > LARGEST:
         return f"{largest:.3g}"
+    lost = np.abs(known.astype(np.float16) - known)
     if values.size != 1 and not exact:
-        return ""
-    wrong = np.abs(known.astype(np.float16) - known) / np.abs(known)
+        too_small = np.linalg.norm(lost / abs(largest)) > WORST_NUMBER * np.linalg.norm(known / abs(largest))
+        return f"nothing above {abs(largest):.3g}" if too_small else ""
+    wrong = lost / np.abs(known)
     return f"{known[wrong.argmax()]:.3g}" if wrong.max() > WORST_NUMBER else ""
 
 

@@ -94,7 +94,7 @@ def _engine(function: Any) -> Any:
         click.option("--plugin", is_flag=True, help="tensorrt: linear layers by our CUDA kernels; never run on a GPU."),
         click.option("--sm", metavar="86,89", help="tensorrt: GPUs of an engine of TensorRT-RTX.  [default: any]"),
         click.option("--timing-cache", type=_PATH, help="tensorrt: file of measured kernels to read and write back."),
-        click.option("--memory-limit", type=click.IntRange(min=1), metavar="MIB", help="tensorrt: of the builder."),
+        click.option("--memory-limit", type=click.IntRange(1, 2**40), metavar="MIB", help="tensorrt: of the builder."),
     )
     for option in reversed(options):
         function = option(function)

@@ -36,6 +36,9 @@ def export(
     module = exporter(target, "--target")
     options = module.Options(**(settings or {}))
     path = out or folder / f"model{module.suffix}"
+    if path.suffix != module.suffix:
+        what, fix = f'"{path.name}" is no name for a file of {target}', f"end it with {module.suffix}"
+        raise RecipeError(what, where="--out", fix=fix)
     if path.exists() and not force:
         raise RecipeError(f'the file "{path.name}" exists already', fix="use --force or another --out")
     model = store.load(folder)
@@ -45,6 +48,9 @@ def export(
     with workspace.disk_errors(path), tempfile.TemporaryDirectory(prefix=".paredown-", dir=path.parent) as made:
         module.export(model, Path(made) / path.name, options)
         files = sorted(Path(made).iterdir(), reverse=True)  # external weights first
+        for file in files:
+            if (path.parent / file.name).exists() and not force:
+                raise RecipeError(f'the file "{file.name}" exists already', fix="use --force or another --out")
         for file in files:
             if not file.with_name(f"{file.name}.data").exists():
                 (path.parent / f"{file.name}.data").unlink(missing_ok=True)

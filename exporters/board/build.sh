@@ -67,27 +67,30 @@ kernels() {
     case "$known" in "sm_$capability" | "sm_${capability}a") architecture="$known" ;; esac
   done
   [ -n "$architecture" ] || fail 7 "this GPU has compute capability $capability, the bundle is for $ARCHITECTURES"
-  rm -rf build/cuda
-  mkdir -p build/cuda/cubin
+  rm -rf build/cuda.new
+  mkdir -p build/cuda.new/cubin
   if compgen -G "kernels/cuda/cubin/*.$architecture.cubin" > /dev/null; then
-    cp kernels/cuda/cubin/* build/cuda/cubin/
+    cp kernels/cuda/cubin/* build/cuda.new/cubin/
+    rm -rf build/cuda
+    mv build/cuda.new build/cuda
     return
   fi
   nvcc="$(find_nvcc)" || exit $?
   release="$({ "$nvcc" --version || true; } | sed -n 's/.*release \([0-9]*\)\..*/\1/p')"
   [ -n "$release" ] || fail 7 "$nvcc does not tell its version"
-  printf '[' > build/cuda/cubin/manifest.new
+  printf '[' > build/cuda.new/cubin/manifest.json
   for unit in $UNITS; do
     file="${unit%%.cu=*}.$architecture.cubin"
     # shellcheck disable=SC2086
-    "$nvcc" -cubin "-arch=$architecture" $FLAGS -Ikernels/cuda -Ikernels -o "build/cuda/cubin/$file" \
+    "$nvcc" -cubin "-arch=$architecture" $FLAGS -Ikernels/cuda -Ikernels -o "build/cuda.new/cubin/$file" \
       "kernels/cuda/${unit%%=*}" || fail 6 "nvcc does not compile ${unit%%=*}; its messages are above"
     printf '%s{"file": "%s", "unit": "%s", "architecture": "%s", "compiler": "nvcc", "driver": [%s, 0], "digest": "%s"}' \
-      "$separator" "$file" "${unit%%=*}" "$architecture" "$release" "${unit#*=}" >> build/cuda/cubin/manifest.new
+      "$separator" "$file" "${unit%%=*}" "$architecture" "$release" "${unit#*=}" >> build/cuda.new/cubin/manifest.json
     separator=$',\n '
   done
-  printf ']\n' >> build/cuda/cubin/manifest.new
-  mv build/cuda/cubin/manifest.new build/cuda/cubin/manifest.json
+  printf ']\n' >> build/cuda.new/cubin/manifest.json
+  rm -rf build/cuda
+  mv build/cuda.new build/cuda
 }
 
 # Compile the plugin beside its kernels.

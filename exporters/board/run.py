@@ -355,8 +355,11 @@ def run(given: str, out: str, plugin: str, settings: dict[str, Any]) -> None:
     numpy = importlib.import_module("numpy")
     if not Path(given).is_file():
         raise BoardError(MISSING, f"{given} is missing")
-    with numpy.load(given) as arrays:
-        found = Engine(plugin, settings).run({name: arrays[name] for name in arrays.files})
+    try:
+        arrays = dict(numpy.load(given))
+    except Exception as error:  # zip, pickle, type: whatever a file of something else gives
+        raise BoardError(MISSING, f"{given} holds no arrays; write it with numpy.savez") from error
+    found = Engine(plugin, settings).run(arrays)
     beside = out + ".new"
     with open(beside, "wb") as file:
         numpy.savez(file, **found)
@@ -376,9 +379,7 @@ def main(arguments: Sequence[str]) -> None:
     elif len(words) == 3 and words[0] == "run":
         run(words[1], words[2], plugin, read_settings())
     else:
-        raise BoardError(
-            USAGE, "usage: run.py build|check [library|aot], run IN.npz OUT.npz [library|aot], or capability"
-        )
+        raise BoardError(USAGE, "usage: run.py build|check|run IN.npz OUT.npz [library|aot], or run.py capability")
 
 
 def status(arguments: Sequence[str]) -> int:

@@ -385,6 +385,10 @@ def test_the_board_runs_arrays(board: Board) -> None:
         np.savez(given, **feeds)
         refused = board.run("run.py", "run", str(given), str(out))
         assert (refused.returncode, said in refused.stderr) == (2, True), refused.stderr
+    for junk in (b"", b"no arrays", b"PK\x03\x04"):
+        given.write_bytes(junk)
+        refused = board.run("run.py", "run", str(given), str(out))
+        assert (refused.returncode, "holds no arrays" in refused.stderr) == (3, True), refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,27 @@ def test_an_engine_elsewhere_replaces_what_was_beside_it(
     }
 
 
+@pytest.mark.parametrize("name", ["model", "model.safetensors", "model.onnx", "model.bf16"])
+def test_a_file_of_another_kind_is_not_replaced(
+    name: str, standin: None, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = listing(out)
+    code, error = export(monkeypatch, "--out", f"out/{name}", "--force")
+    assert (code, error) == (
+        2,
+        f'optimize: --out: "{name}" is no name for a file of tensorrt; end it with .engine',
+    )
+    assert listing(out) == before
+
+
+def test_a_file_beside_it_is_not_replaced_unasked(standin: None, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out / "b.tensorrt.onnx").write_bytes(b"another")
+    before = listing(out)
+    code, error = export(monkeypatch, "--out", "out/b.engine")
+    assert (code, error) == (2, 'optimize: the file "b.tensorrt.onnx" exists already; use --force or another --out')
+    assert listing(out) == before
+
+
 def test_many_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_write, "EXTERNAL_BYTES", 1000)
     proto = matmuls("MatMul")

@@ -29,7 +29,7 @@ from paredown.optimizer.quantizers import kmeans, uniform
 from paredown.optimizer.residual import Residual
 from paredown.optimizer.steps import Ground, Hooks
 from paredown.optimizer.walk import trace
-from paredown.optimizer.weight import Codebook, LowRank, Sum, Uniform, Weight
+from paredown.optimizer.weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
 
 from ..zoo.nets import ZOO
 from .conftest import NETS, ROWS, Attention, Perceptron, build, pack_all, packed
@@ -230,6 +230,17 @@ def test_what_float16_cannot_hold_stays_float32() -> None:
     assert "1e-12" in reasons
     (have,) = run(lowered, {"x": x.numpy()})
     np.testing.assert_allclose(have, want, atol=32 * EPSILON)
+
+
+def test_weights_too_small_for_float16_stay_float32() -> None:
+    """Products with weights of 1e-8 and inputs of 1e4 are of float16's range, the weights are not."""
+    weight = Dense(values=torch.randn(24, 40, generator=torch.Generator().manual_seed(1)) * 1e-8)
+    lowered = lower(line(weight), GraphOptions(precision="fp16"))
+    x = np.random.default_rng(0).standard_normal((9, 40)).astype(np.float32) * 1e4
+    (have,) = run(lowered, {"x": x})
+    want = x @ weight.dense().numpy().T
+    assert np.linalg.norm(have - want) < 0.01 * np.linalg.norm(want)
+    assert any("float16 does not" in decision.reason for decision in lowered.decisions)
 
 
 def _typed(lowered: Lowered) -> list[onnx.ValueInfoProto]:
