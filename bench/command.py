@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..optimizer.errors import InputError, RecipeError, nearest
-from . import compare, edge
+from . import compare
 from .environment import fingerprint
+from .rows import Row
 
 SCENARIOS = ("edge",)
+"""Each is a module of this folder: `Spec`, whose fields are its options, and `run(artifacts, spec, open, progress)`."""
 
 
 class Progress(Protocol):
@@ -26,47 +29,65 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """The command line as it was written; the first artifact is the baseline."""
+    """The command line as it was written; the first artifact is the baseline.
+
+    settings: options that only some scenarios have, as fields of the scenario's Spec.
+    """
 
     artifacts: tuple[Path, ...]
     scenario: str = "edge"
     batch: str = "1"
     threads: str = "1"
     dims: tuple[str, ...] = ()
-    min_seconds: float = 1.0
     seed: int = 0
     no_kernels: bool = False
     out: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(request: Request, progress: Progress) -> list[edge.Row]:
+def run(request: Request, progress: Progress) -> list[Row]:
     """Measure the artifacts, print a table, write bench.json and bench.csv where `out` says."""
     from rich.console import Console
 
     from ..exporters import onnx
 
-    if request.scenario not in SCENARIOS:
-        what = f'there is no scenario "{request.scenario}" in this version'
-        raise RecipeError(what, where="--scenario", fix=nearest(request.scenario, SCENARIOS))
+    module = scenario(request.scenario, "--scenario")
     for path in request.artifacts:
         if path.suffix != onnx.suffix:
             raise InputError("is not an ONNX file", where=str(path), fix="name .onnx files, the original first")
-    spec = edge.Spec(
-        batch=_numbers("--batch", request.batch),
-        threads=_numbers("--threads", request.threads),
-        dims=dict(_dim(text) for text in request.dims),
-        min_seconds=request.min_seconds,
-        seed=request.seed,
-        kernels=not request.no_kernels,
-    )
+    spec = _spec(module, request)
     progress.stage("benchmark")
-    rows = edge.run(request.artifacts, spec, onnx.open, _stepper(progress))
+    rows: list[Row] = module.run(request.artifacts, spec, onnx.open, _stepper(progress))
     progress.close()
     compare.show(rows, Console())
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
         compare.write(rows, request.out, fingerprint())
     return rows
+
+
+def scenario(name: str, where: str) -> Any:
+    """Return the module of a scenario: Spec and run."""
+    if name not in SCENARIOS:
+        what = f'there is no scenario "{name}" in this version'
+        raise RecipeError(what, where=where, fix=nearest(name, SCENARIOS))
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def _spec(module: Any, request: Request) -> Any:
+    known = {item.name for item in fields(module.Spec)}
+    for name in request.settings:
+        if name not in known:
+            option = "--" + name.replace("_", "-")
+            raise RecipeError(f"the scenario {request.scenario} has no {option}", where=option, fix="leave it out")
+    return module.Spec(
+        batch=_numbers("--batch", request.batch),
+        threads=_numbers("--threads", request.threads),
+        dims=dict(_dim(text) for text in request.dims),
+        seed=request.seed,
+        kernels=not request.no_kernels,
+        **request.settings,
+    )
 
 
 def _stepper(progress: Progress) -> Callable[[float, str], None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..optimizer import verdict as words
-from .edge import ROW_KEYS, Row
+from .rows import ROW_KEYS, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +102,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.latency_ms_p99:.3f}",
         f"{row.throughput_per_s:,.0f}",
         "-" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 1e6:.0f}",
-        f"{row.ratio_to_baseline:.2f} ({_range(row.ratio_ci95)})",
+        "-" if row.ratio_to_baseline is None else f"{row.ratio_to_baseline:.2f} ({_range(row.ratio_ci95)})",
     )
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
 from ..exporters.runner import Open, Runner, RunnerOptions
-from ..optimizer.errors import Error, ExportError, InputError, RecipeError
+from ..optimizer.errors import Error, ExportError, RecipeError
 from . import intervals
 from .feeds import Feeds, MakeFeeds, checked_feeds, random_feeds
-from .measure import Call, Samples, Sampling, Seconds, sample
+from .measure import Call, Samples, Sampling, sample
 from .peak import Job, peak_rss_bytes
-
-Progress: TypeAlias = Callable[[float, str], None]
-"""Called with the done fraction, 0..1, and what is measured next."""
+from .rows import Progress, Row, artifact_names, check_artifacts, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,58 +56,13 @@ class Spec:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Row:
-    """One artifact at one batch size and thread count. `samples`: seconds of every run, (rounds, burst).
-
-    `ratio_to_baseline` is latency over the first artifact's latency: below 1 is faster. `ci95` is the interval of the
-    p50 in ms. `throughput_per_s` counts samples (batch x runs) over the time spent inside the runs. `stable` is False
-    where the warm-up ran out of time before latencies settled; `waited` is the share of time without a core. `runtime`
-    is the runner's name, which says whether our kernels computed packed layers.
-    """
-
-    artifact: str
-    runtime: str
-    batch: int
-    threads: int
-    latency_ms_p50: float
-    latency_ms_p90: float
-    latency_ms_p99: float
-    ci95: intervals.Interval | None
-    throughput_per_s: float
-    peak_rss_bytes: int | None
-    ratio_to_baseline: float
-    ratio_ci95: intervals.Interval | None
-    samples: Seconds
-    stable: bool
-    waited: float | None = None
-    scenario: str = "edge"
-    energy_j: float | None = None
-    stages: Mapping[str, float] | None = None
-
-    def report(self) -> dict[str, object]:
-        """Return the row of report.json: exactly its keys, in its order."""
-        values = ((key, getattr(self, key)) for key in ROW_KEYS)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values}
-
-
-ROW_KEYS = (
-    *("artifact", "runtime", "scenario", "batch", "threads", "latency_ms_p50", "latency_ms_p90", "latency_ms_p99"),
-    *("ci95", "throughput_per_s", "peak_rss_bytes", "energy_j", "stages", "ratio_to_baseline", "ratio_ci95"),
-)
-
-
-def silent(_fraction: float, _text: str) -> None:
-    """Report no progress."""
-
-
 def run(artifacts: Sequence[Path], spec: Spec, open_: Open, progress: Progress = silent) -> list[Row]:
     """Return a row per thread count, batch size and artifact; the first artifact is the baseline.
 
     All artifacts are open at once and alternate (`measure.sample`); peak memory comes from a process for each.
     Raises InputError for an artifact that is absent or does not take the batch, ExportError for one that does not run.
     """
-    _check(artifacts)
+    check_artifacts(artifacts)
     rows: list[Row] = []
     cells = len(spec.threads) * len(spec.batch)
     for threads in spec.threads:
@@ -137,7 +89,7 @@ class _Cell:
 
 def _measure(cell: _Cell, runners: Sequence[Runner], batch: int) -> list[Row]:
     feeds = [_feeds(runner, cell.spec, batch) for runner in runners]
-    names = _names(cell.paths)
+    names = artifact_names(cell.paths)
     for runner, feed, name in zip(runners, feeds, names, strict=True):
         _try_once(runner, feed, name)
     calls = [_call(runner, feed) for runner, feed in zip(runners, feeds, strict=True)]
@@ -153,8 +105,9 @@ def _row(cell: _Cell, runner: Runner, place: tuple[int, int], samples: Samples, 
     rng = np.random.default_rng([cell.spec.seed, cell.options.threads, batch])
     interval = intervals.median_interval(seconds, rng)
     return Row(
-        artifact=_names(cell.paths)[index],
+        artifact=artifact_names(cell.paths)[index],
         runtime=runner.name,
+        scenario="edge",
         batch=batch,
         threads=cell.options.threads,
         latency_ms_p50=p50,
@@ -199,26 +152,3 @@ def _peak(cell: _Cell, path: Path, feeds: Feeds) -> int | None:
     if not cell.spec.peak_rss:
         return None
     return peak_rss_bytes(Job(path=path, options=cell.options, open_=cell.open_, feeds=feeds))
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Return file names; with their folder's name where two are equal. Never more of the path than that."""
-    names = [path.name for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{path.parent.name}/{name}"
-        for name, path in zip(names, paths, strict=True)
-    ]
-
-
-def _check(artifacts: Sequence[Path]) -> None:
-    if not artifacts:
-        raise InputError("there is nothing to measure", where="bench", fix="name at least one artifact")
-    for path in artifacts:
-        if not path.exists():
-            raise InputError("there is no such artifact", where=str(path), fix="export first")
-    if len(set(_names(artifacts))) < len(artifacts):
-        raise InputError(
-            "two artifacts have the same folder and file name: " + ", ".join(_names(artifacts)),
-            where="bench",
-            fix="rename one, so that the table can tell them apart",
-        )

@@ -202,7 +202,7 @@ def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
 @click.option("--batch", default="1", show_default=True, help="Batch sizes, as in 1,32.")
 @click.option("--threads", default="1", show_default=True, help="Thread counts, as in 1,2.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a named dimension.")
-@click.option("--min-seconds", type=float, default=1.0, show_default=True, help="Least measuring time of each.")
+@click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
 @click.option("--out", type=_PATH, help="Folder for bench.json and bench.csv.")
@@ -214,7 +214,9 @@ def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
         raise RecipeError(what, where="--out", fix="name a folder to write")
     from ..bench import command
 
-    command.run(command.Request(artifacts=artifacts, **options), _reporter())
+    common = {name: options.pop(name) for name in ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out")}
+    settings = {name: value for name, value in options.items() if value is not None}
+    command.run(command.Request(artifacts=artifacts, settings=settings, **common), _reporter())
 
 
 @cli.command()

@@ -43,7 +43,7 @@ from .verdict import is_slower
 from .walk import trace
 from .workspace import Workspace, fingerprint
 
-RUNTIMES, SCENARIOS = ("onnxruntime",), ("edge",)
+RUNTIMES = ("onnxruntime",)
 RESUME = "the layers that are finished are kept for --resume"
 UNTOUCHED = "no step asked for it"
 
@@ -104,9 +104,9 @@ def check(recipe: Recipe) -> None:
         return
     if not recipe.export:
         raise RecipeError("there is no file to measure", where=where, fix="write export: [onnx]")
-    if bench.scenario not in SCENARIOS:
-        what = f'there is no scenario "{bench.scenario}" in this version'
-        raise RecipeError(what, where=where, fix=nearest(bench.scenario, SCENARIOS))
+    from ..bench import command
+
+    command.scenario(bench.scenario, where)
     if bench.runtime not in RUNTIMES:
         what = f'there is no runtime "{bench.runtime}" in this version'
         raise RuntimeMissingError(what, where=where, fix=nearest(bench.runtime, RUNTIMES))
@@ -282,15 +282,17 @@ class _Run:
 
     def _bench(self, path: Path, parts: dict[str, Any]) -> Error | None:
         """Measure the file beside the original; slower is told, and with --strict an error if gates.never_slower."""
-        from ..bench import compare, edge
+        from ..bench import command, compare
 
         assert self.recipe.bench is not None
         target = exporter(self.recipe.export[0])
         original = path.with_stem("baseline")
         self.reporter.stage("benchmark")
         bench = self.recipe.bench
-        spec = edge.Spec(batch=bench.batch, threads=bench.threads, seed=self.recipe.seed)
-        rows = edge.run([original, path], spec, target.open, lambda share, text: self.reporter.update(share, 1, text))
+        scenario = command.scenario(bench.scenario, self.recipe.at("bench"))
+        spec = scenario.Spec(batch=bench.batch, threads=bench.threads, seed=self.recipe.seed)
+        progress = lambda share, text: self.reporter.update(share, 1, text)  # noqa: E731
+        rows = scenario.run([original, path], spec, target.open, progress)
         parts["bench"] = [row.report() for row in rows]
         parts["environment"]["bench_caution"] = compare.caution(rows)
         if is_slower(parts["bench"]):

@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from paredown.bench import compare
-from paredown.bench.edge import Row
+from paredown.bench.rows import Row
 
 BASE = Row(
     artifact="dense.onnx",
     runtime="onnxruntime",
+    scenario="edge",
     batch=1,
     threads=1,
     latency_ms_p50=10.0,

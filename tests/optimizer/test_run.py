@@ -144,10 +144,11 @@ def test_a_folder_loads_alone_and_trains_on(finished: tuple[Path, Outcome], tmp_
 @pytest.mark.slow
 def test_bench_measures_the_original_beside_the_result(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from paredown.bench import edge
+    from paredown.bench.rows import Row
 
     real = edge.run
 
-    def fast(artifacts: Any, spec: edge.Spec, *more: Any) -> list[edge.Row]:
+    def fast(artifacts: Any, spec: edge.Spec, *more: Any) -> list[Row]:
         return real(artifacts, dataclasses.replace(spec, min_seconds=0.05, warmup_seconds=0.1), *more)
 
     monkeypatch.setattr(edge, "run", fast)
