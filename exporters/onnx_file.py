@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from onnxscript.optimizer import fold_constants_ir
 from ..kernels.onnx_ops import DOMAIN
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
+from ..optimizer.weight import Dense
 from .onnx_qdq import place
 from .onnx_trace import name_outputs, quiet_loggers, trace
 from .onnx_weights import add_functions, replace_weights
@@ -27,10 +29,21 @@ MANY_ELEMENTS = 2**62
 
 def write(model: Model, path: Path, options: Options) -> None:
     """Write a model to `path`, with weights above `options.external_bytes` in "<path>.data" beside it."""
+    _write(model, model, path, options)
+
+
+def write_floats(model: Model, path: Path, options: Options) -> None:
+    """Write the same trace with every weight as floats: all values have the names that they have in `write`'s file."""
+    floats = {name: Dense(values=weight.dense()) for name, weight in model.weights.items()}
+    _write(model, replace(model, weights=floats, dynamic=frozenset()), path, options)
+
+
+def _write(model: Model, stored: Model, path: Path, options: Options) -> None:
+    """Trace `model`, and let its weights stand in the file as `stored` has them."""
     example = options.example or model.examples(2)
     graph = trace(model.module(), model.inputs, example, options.opset)
     place(graph.graph, model)
-    replace_weights(graph.graph, model)
+    replace_weights(graph.graph, stored)
     clean(graph)
     name_outputs(graph.graph)
     add_functions(graph)

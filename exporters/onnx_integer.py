@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 
 from ..optimizer.errors import ExportError
+from .onnx_session import session_options
 
 PRODUCTS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
 PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -40,10 +41,13 @@ def kernels(path: Path) -> Kernels:
     return Kernels(layers=layers, floats=tuple(_floats(proto.graph.node)))
 
 
-def optimized(path: Path) -> onnx.ModelProto:
-    """Return the graph that ONNX Runtime runs on this machine, without large weights."""
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level, settings.intra_op_num_threads = 4, 1
+def optimized(path: Path, library: Path | None = None, *, weights: bool = False) -> onnx.ModelProto:
+    """Return the graph that ONNX Runtime runs on this machine, with large weights only where `weights` asks for them.
+
+    library: what has kernels for the file's packed layers; without it their portable bodies are what is optimized.
+    """
+    settings = session_options(threads=1, library=library)
+    settings.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         settings.optimized_model_filepath = str(written)
@@ -51,7 +55,7 @@ def optimized(path: Path) -> onnx.ModelProto:
             onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ExportError(f"onnxruntime does not load it: {error}", where=path.name) from error
-        return onnx.load(written, load_external_data=False)
+        return onnx.load(written, load_external_data=weights)
 
 
 def check(path: Path, layers: Collection[str]) -> Kernels:

@@ -19,7 +19,7 @@ from .runner import RunnerOptions
 if TYPE_CHECKING:
     from ..optimizer.model import InputSpec
 
-OPERATORS = re.compile(rb"Lut(Planes)?Linear|LutGather")
+OPERATORS = re.compile(rb"Lut(Planes)?(Linear|Conv)|LutGather")
 """What `kernels/onnx_ops.py` calls the operators that the library has; that module imports torch."""
 NUMPY_NAMES = {"float": "float32", "double": "float64"}
 """onnxruntime's names of types that numpy calls otherwise."""
