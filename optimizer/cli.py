@@ -167,7 +167,10 @@ def export(folder: Path, target: str, out: Path | None, force: bool, **options: 
     """Lower the model of an output folder."""
     from . import targets
 
-    click.echo(targets.export(folder, target, out, force=force, settings=_engine_settings(target, options)))
+    path = targets.export(folder, target, out, force=force, settings=_engine_settings(target, options))
+    for line in targets.explain(path, target):
+        click.echo(line)
+    click.echo(path)
 
 
 @cli.command()

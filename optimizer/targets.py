@@ -59,6 +59,13 @@ def export(
     return path
 
 
+def explain(path: Path, target: str) -> list[str]:
+    """Return a line for each layer of an exported file that was decided on: its form, kept or fallback, and why."""
+    module = exporter(target)
+    rows = module.decisions(path) if target == "tensorrt" else ()
+    return [f"{row['layer']}: {row['form']}, {'kept' if row['kept'] else 'fallback'}: {row['reason']}" for row in rows]
+
+
 def verify(folder: Path, runtime: str, *, kernels: bool = True) -> list[str]:
     """Compare the exported artifact of a folder with its stored model; return a line per batch size.
 

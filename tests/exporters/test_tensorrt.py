@@ -161,6 +161,16 @@ def test_an_engine_of_rtx_is_built_without_a_gpu(rtx: None, out: Path, monkeypat
     assert (out / "model.engine.json").read_bytes() == first
 
 
+def test_the_command_says_how_each_layer_is_held(standin: None, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = optimize(monkeypatch, "export", out, "--target", "tensorrt")
+    *lines, last = outcome.out.splitlines()
+    rows = metadata(out)["decisions"]
+    assert last == "out/model.engine"
+    told = [(row["layer"], row["form"], "kept" if row["kept"] else "fallback", row["reason"]) for row in rows]
+    assert lines == [f"{layer}: {form}, {kept}: {reason}" for layer, form, kept, reason in told]
+    assert len(lines) == 3
+
+
 def test_verify_of_an_engine_without_a_gpu_says_so(rtx: None, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_library, "capability", lambda: "")
     assert export(monkeypatch, "--library", "rtx", "--precision", "fp32") == (0, "")
