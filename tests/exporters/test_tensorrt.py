@@ -657,7 +657,7 @@ def test_the_page_of_failures_is_current() -> None:
     head = [
         "# How engines fail\n",
         "What goes wrong while an engine is built, or before it is run: the exit code, the one line on standard error",
-        "(after `optimize: `), and what is on disk afterwards. Every row is a test, with a stand-in of the library that",
+        "(after `optimize: `), and what is on disk afterwards. Each row is a test, with a stand-in of the library that",
         "ends as the real one does; unsupported operators and want of memory are tested with TensorRT-RTX itself too",
         "(`tests/exporters/test_tensorrt.py`, which writes and checks this page).\n",
         "| when | command | exit code | sentence | on disk afterwards |",

@@ -17,7 +17,7 @@ from paredown.exporters.board import plugin_aot, run
 from paredown.kernels.lut_spec import LutSpec
 from paredown.kernels.tensorrt import node
 
-from .test_tensorrt_api import BINDINGS, REGISTRY, ask, declared, environment
+from .test_tensorrt_api import BINDINGS, REGISTRY, declared, environment
 
 HERE = Path(__file__).resolve().parent
 BOARD = Path(plugin_aot.__file__).parent

@@ -48,11 +48,12 @@ SYMBOLS = (
 )
 PAGE = """# Every call of TensorRT
 
-All {calls} names of TensorRT that the exporter and the runner of a bundle use, looked up in the bindings of each version:
-"yes" is a name that is there and, for a method, a signature that takes as many arguments as we pass and gives what we use.
-"not called" are those of the other library. `tests/exporters/test_tensorrt_api.py` writes and checks this page, and
-holds the list to the source. The names of `tensorrt.plugin` (10.9 and later) are not in the table: with them a plugin is
-defined under the bindings of 10.16 and 11.4 by `test_tensorrt_aot.py`. The C++ plugin is compiled, not looked up.
+All {calls} names of TensorRT that the exporter and the runner of a bundle use, looked up in the bindings of each
+version: "yes" is a name that is there and, for a method, a signature that takes as many arguments as we pass and gives
+what we use. "not called" are those of the other library. `tests/exporters/test_tensorrt_api.py` writes and checks this
+page, and holds the list to the source. The names of `tensorrt.plugin` (10.9 and later) are not in the table: with them
+a plugin is defined under the bindings of 10.16 and 11.4 by `test_tensorrt_aot.py`. The C++ plugin is compiled, not
+looked up.
 """
 MODULES = ("TensorRT", "RtxTensorRT")
 ENUMERATION = "NetworkDefinitionCreationFlag"
