@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from . import report_format as fmt
 from .report_value import Interval, Report, interval, is_fraction, number, rows, text, weights
-from .verdict import EQUAL_WITHIN, condition
+from .verdict import EQUAL_WITHIN, condition, is_bench
 
 LONG_MODES = {
     "decoded": "decoded to floats at load",
@@ -58,9 +58,16 @@ class Pair:
 
 def lines(report: Report) -> list[Line]:
     """Return the before/after table: metric, sizes, then latencies of the first condition."""
+    if is_bench(report):
+        return _latency_lines(report)
     found = [_metric_line(report), _ratio_line(report, "weights on disk", "size_bytes"), _bits_line(report)]
     found += [_ratio_line(report, name, name) for name in ("parameters", "macs") if number(report, "baseline", name)]
     return found + _latency_lines(report)
+
+
+def label(line: Line) -> str:
+    """Return the label of a line with its condition."""
+    return f"{line.label}, {line.condition}" if line.condition else line.label
 
 
 def pairs(report: Report) -> list[Pair]:
