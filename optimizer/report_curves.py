@@ -65,7 +65,7 @@ def loads(bench: Sequence[Report]) -> list[Load]:
             frame = Frame(
                 title=name or "load",
                 x_label="answers per s",
-                y_label="p99 (ms)",
+                y_label="p99 latency (ms)",
                 x_range=(0.0, 0.0),
                 log_y=True,
                 rule=target,

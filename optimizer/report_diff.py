@@ -23,12 +23,13 @@ _MEASURES: tuple[tuple[str, str, str, Callable[[float | None], str]], ...] = (
     ("latency p50", "latency_ms_p50", "ci95", fmt.milliseconds),
     ("latency p99", "latency_ms_p99", "", fmt.milliseconds),
     ("samples per s", "throughput_per_s", "", lambda value: fmt.plain(value, 4)),
+    ("load held, per s", "details.scheduled_per_s", "", lambda value: fmt.plain(value, 4)),
     ("times the original", "ratio_to_baseline", "ratio_ci95", fmt.times),
     ("peak memory", "peak_rss_bytes", "", fmt.size),
     ("energy", "energy_j", "", fmt.joules),
 )
 """Name, key, key of the interval, and how it is shown."""
-_OF_SPEED = ("latency", "peak memory")
+_OF_SPEED = ("latency", "peak memory", "load held")
 
 
 def result_cells(report: Report) -> list[tuple[str, str]]:
@@ -60,7 +61,7 @@ def differs(first: Cell | None, second: Cell | None) -> str:
 
 
 def _cell(row: Report, key: str, ends: str, show: Callable[[float | None], str]) -> Cell | None:
-    value = number(row, key)
+    value = number(row, *key.split("."))
     if value is None:
         return None
     doubtful = doubt(row, briefly=True)

@@ -33,7 +33,6 @@ class BenchRow:
     strip: chart.Strip | None
     throughput: str
     memory: str
-    energy: str
     ratio: str
     ratio_note: str
     doubt: str
@@ -104,7 +103,6 @@ def _view(report: Report) -> dict[str, object]:
         "decisions": [_decision(row) for row in rows(report, "decisions")],
         "verify": [_verified(row) for row in rows(report, "verify")],
         "bench": _bench(report),
-        "has_energy": any(number(row, "energy_j") is not None for row in rows(report, "bench")),
         "environment": _flat(at(report, "environment")),
         "command": text(report, "command"),
         "seed": text(report, "seed"),
@@ -259,7 +257,6 @@ def _bench_row(row: Report, longest: float) -> BenchRow:
         strip=strip,
         throughput=fmt.plain(number(row, "throughput_per_s"), 4),
         memory=fmt.size(number(row, "peak_rss_bytes")),
-        energy=fmt.joules(number(row, "energy_j")),
         ratio=fmt.times(number(row, "ratio_to_baseline")),
         ratio_note=fmt.span(interval(row, "ratio_ci95")),
         doubt=doubt(row),

@@ -187,7 +187,7 @@ def _factor(item: Comparison) -> str:
     if not item.ratio:
         return "no latency"
     if item.quantity == "load":
-        return f"{1 / item.ratio:.2f} times as many"
+        return f"{1 / item.ratio:.2f} times as many per second"
     return f"{1 / item.ratio:.2f} times as fast" if item.speed == "faster" else f"{item.ratio:.2f} times as long"
 
 
