@@ -28,8 +28,8 @@ FACTS: dict[str, tuple[str, ...]] = {
 
 def facts(report: Report) -> dict[str, object]:
     """Return what a report says of its machine; a fact that it has no key for is left out, null is kept."""
-    environment = at(report, "environment")
-    found = {name: at(environment, *path) for name, path in FACTS.items() if _has(environment, path)}  # type: ignore[arg-type]
+    known = {name: ("environment", *path) for name, path in FACTS.items()}
+    found = {name: at(report, *path) for name, path in known.items() if _has(report, path)}
     modes = {mode for row in rows(report, "bench") if (mode := text(row, "details", "state", "before", "power_mode"))}
     return found | ({"power mode": ", ".join(sorted(modes))} if modes else {})
 

@@ -328,7 +328,7 @@ def _wide_report() -> Json:
 
 
 @needs_chromium
-@pytest.mark.parametrize("example", [full_report, hostile_report, _wide_report])
+@pytest.mark.parametrize("example", [full_report, served_report, hostile_report, _wide_report])
 def test_page_does_not_scroll_sideways(tmp_path: Path, example: Callable[[], Json]) -> None:
     """At 360 pixels, and at 1100 pixels no table of layers either.
 
@@ -336,7 +336,7 @@ def test_page_does_not_scroll_sideways(tmp_path: Path, example: Callable[[], Jso
     """
     html = escape(re.sub(r"<meta http-equiv[^>]*>", "", report.render(example())))
     of_page = "contentDocument.documentElement.scrollWidth + ' of ' + contentWindow.innerWidth"
-    panel = "contentDocument.querySelector('.layers').parentElement"
+    panel = "contentDocument.querySelector('.layers, .pair').parentElement"
     of_table = f"{panel}.scrollWidth + ' of ' + {panel}.clientWidth"
     probe = f"document.title += {of_page} + ', ' + {of_table} + ';'"
     frames = [
