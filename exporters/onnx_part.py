@@ -54,7 +54,7 @@ def cuts(model: Model, names: Collection[str], folder: Path) -> list[Cut]:
     before, after = folder / "floats.onnx", folder / "packed.onnx"
     onnx_file.write_floats(model, before, Options())
     onnx_file.write(model, after, Options())
-    files = onnx.load(before), onnx.load(after)
+    files = _typed(before), _typed(after)
     return [found for part in parts(files[1].graph, names) if (found := _cut_both(files, part)) is not None]
 
 
@@ -154,6 +154,15 @@ def _owner(value: str, names: Collection[str]) -> Iterator[str]:
         stem = stem.rpartition(".")[0]
     if stem:
         yield stem
+
+
+def _typed(path: Path) -> onnx.ModelProto:
+    """Return a file with its weights, and with the types of all its values, found without the weights."""
+    file = onnx.load(path)
+    known = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph.value_info
+    del file.graph.value_info[:]
+    file.graph.value_info.extend(known)
+    return file
 
 
 def _cut_both(files: tuple[onnx.ModelProto, onnx.ModelProto], part: Part) -> Cut | None:
