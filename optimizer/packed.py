@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels import layout as kernel_layout
 from ..kernels import lut_conv, onnx_ops
 from ..kernels.lut_conv import ConvSpec
-from ..kernels.lut_spec import LutParts, LutSpec, Mode
+from ..kernels.lut_spec import BLOCK, STEP, LutParts, LutSpec, Mode
 from ..kernels.lut_spec import refusal as lut_spec_refusal
 from .weight import Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
 
@@ -138,6 +138,21 @@ def dynamic_refusal(weight: Weight, layout: Layout) -> str:
             return "its weights are floats"
         case _:
             return "a sum or a product of weights is not convolved in int8"
+
+
+def filled(weight: Weight, layout: Layout, *, rounds: bool) -> tuple[int, int]:
+    """Return rows and inputs as kernels hold the codes of a weight, whose own they are where no kernel does.
+
+    rounds: its inputs are rounded to int8, as a convolution that a kernel takes must.
+    """
+    found = terms(weight)
+    if found is None or layout.kind not in ("matrix", "matrix_t", "conv") or (layout.kind == "conv" and not rounds):
+        return weight.shape
+    spec = lut_spec(found.base)
+    if layout.kind == "conv":
+        _, channels, height, width = layout.shape
+        spec = lut_conv.tap_spec(spec, ConvSpec(channels=channels, kernel=(height, width)))
+    return kernel_layout.blocks(spec) * BLOCK, kernel_layout.steps(spec) * STEP
 
 
 def conv_shape_refusal(layout: Layout) -> str:

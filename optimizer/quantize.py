@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -134,6 +134,8 @@ def plan(model: Model, spec: Spec, extras: tuple[Any, ...], ground: Ground) -> t
 def apply(model: Model, spec: Spec, decisions: Sequence[Decision], calibration: Calibration, hooks: Hooks) -> Result:
     """Return the quantized model; a part of the calibration data is held out to judge corrections."""
     activations.check_none(model, spec.activations)
+    if not any(decision.method for decision in decisions):
+        return Result(model=model, layers=tuple(_kept(decisions)), notes=())
     exact = replace(model, dynamic=frozenset())
     fit, held = (rebatch(part, MICRO_BATCH) for part in split(calibration, spec.held_out, hooks.seed))
     folded = _fold(exact, decisions, trace(exact.module(), fit.batches[:1]).graph) if spec.fold_norm else exact
@@ -215,8 +217,13 @@ def _quantize(model: Model, decisions: Sequence[Decision], traced: Traced, hooks
     walk(traced, values, Visitor(before=before))
     layouts = {param: sites[0].layout for param, sites in uses.items() if param in done}
     changed = replace(model.with_weights(done), layouts={**model.layouts, **layouts})
-    kept = [LayerResult(layer=d.layer, error_rel=0.0, reason=d.reason) for d in decisions if d.layer not in done]
+    kept = _kept(decision for decision in decisions if decision.layer not in done)
     return Result(model=changed, layers=(*errors.values(), *kept), notes=tuple(notes))
+
+
+def _kept(decisions: Iterable[Decision]) -> Iterator[LayerResult]:
+    """Yield what becomes of layers that nothing quantizes."""
+    return (LayerResult(layer=decision.layer, error_rel=0.0, reason=decision.reason) for decision in decisions)
 
 
 def _fold(model: Model, decisions: Sequence[Decision], graph: Graph) -> Model:

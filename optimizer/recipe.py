@@ -63,7 +63,7 @@ class Recipe:
     data: DataSpec | None = None
     metric: MetricSpec | None = None
     steps: tuple[Step, ...] = field(default=(), metadata={"build": _build_steps, "show": _show_steps})
-    objective: Literal["latency", "size"] = "latency"
+    objective: Literal["latency", "size"] = "size"
     gates: Gates = field(default_factory=Gates)
     export: tuple[str, ...] = ()
     bench: BenchSpec | None = None

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from . import artifact, entry, history, planning, report, store, summary, workspace
+from . import artifact, entry, fallback, history, planning, report, store, summary, workspace
 from . import recipe as recipes
 from .errors import (
     AccuracyError,
@@ -32,11 +32,13 @@ from .errors import (
     RuntimeMissingError,
     nearest,
 )
+from .fallback import Settled
 from .metric import Metric, drop, evaluate
 from .model import Model
 from .planning import Job, Planned
 from .progress import Reporter
 from .recipe import Recipe, Step, step_module
+from .sections import BenchSpec
 from .steps import Decision, Hooks, LayerResult
 from .targets import exporter
 from .verdict import is_slower
@@ -131,12 +133,14 @@ class _Run:
         self.reporter.stage("load checkpoint and calibration data")
         job = planning.load(self.recipe)
         planned = _planned(job, self.options)
-        self._write_texts(planned)
         if self.recipe.bench is not None:  # before the steps, so that an operator without a form stops it at once
             self._export("export the original to compare with", job.model, self.recipe.export[0], "baseline")
         before = self._metric("measure the original", job.model.module(), job.fingerprint)
+        settled = self._settled(job, planned)
+        planned = settled.plan(planned) if settled else planned
         model, steps, layers, notes = self._steps(job, planned)
         self.reporter.stage("write the model")
+        self._write_texts(planned)
         store.save(model, self.work.folder)
         parts: dict[str, Any] = {
             "environment": _environment(),
@@ -147,6 +151,8 @@ class _Run:
             "layers": summary.layer_rows(model, layers),
             "decisions": summary.decision_rows(planned, planning.without_feedback(job, planned)) + notes,
         }
+        if settled:
+            parts["decisions"] = settled.rows(parts["decisions"])
         failure = self._artifacts(job, model, before, parts)
         parts["seconds"] = time.monotonic() - started
         return self._finish(parts, failure)
@@ -154,6 +160,35 @@ class _Run:
     def _write_texts(self, planned: Sequence[Planned]) -> None:
         (self.work.folder / "recipe.yaml").write_text(recipes.dump(self.recipe))
         (self.work.folder / "plan.yaml").write_text(recipes.dump_data(planning.plan_data(planned)))
+
+    def _settled(self, job: Job, planned: Sequence[Planned]) -> Settled | None:
+        """Return what measuring decides of a plan, None where nothing is measured; a resumed run decides as before."""
+        bench = self.recipe.bench
+        if bench is None or not self.recipe.gates.never_slower or self.options.plan is not None:
+            return None
+        what = (recipes.dump_data(planning.plan_data(planned)), self.recipe.objective, bench)
+        mark = fingerprint("never slower", job.fingerprint, *what)
+        known = self.work.get_json(mark)
+        settled = Settled(**known) if known else self._measured(job, planned, bench)
+        self.work.put_json(mark, dataclasses.asdict(settled))
+        if self.options.strict:
+            fallback.check_strict(settled, self.recipe.at("gates"))
+        return settled
+
+    def _measured(self, job: Job, planned: Sequence[Planned], bench: BenchSpec) -> Settled:
+        from ..bench import trial
+
+        clock = trial.Trial(
+            baseline=self.work.folder / f"baseline{exporter(self.recipe.export[0]).suffix}",
+            folder=self.work.folder,
+            calibration=job.calibration,
+            batch=bench.batch,
+            threads=bench.threads,
+            seed=self.recipe.seed,
+            stage=self.reporter.stage,
+            progress=lambda share, text: self.reporter.update(share, 1, text),
+        )
+        return fallback.settle(planned, lambda plan: self._steps(job, plan)[0], clock, self.recipe.objective)
 
     def _steps(
         self, job: Job, planned: Sequence[Planned]
