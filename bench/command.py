@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..optimizer.errors import InputError, RecipeError, nearest
-from . import compare
+from . import compare, device, remote
 from .environment import fingerprint
 from .rows import Row
 
@@ -31,6 +31,7 @@ class Progress(Protocol):
 class Request:
     """The command line as it was written; the first artifact is the baseline.
 
+    device: the address of a board that measures instead of this machine, ssh://user@host:port.
     settings: options that only some scenarios have, as fields of the scenario's Spec.
     """
 
@@ -42,6 +43,7 @@ class Request:
     seed: int = 0
     no_kernels: bool = False
     out: Path | None = None
+    device: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -49,21 +51,44 @@ def run(request: Request, progress: Progress) -> list[Row]:
     """Measure the artifacts, print a table, write bench.json and bench.csv where `out` says."""
     from rich.console import Console
 
-    from ..exporters import onnx
-
     module = scenario(request.scenario, "--scenario")
-    for path in request.artifacts:
-        if path.suffix != onnx.suffix:
-            raise InputError("is not an ONNX file", where=str(path), fix="name .onnx files, the original first")
     spec = _spec(module, request)
+    board = check_device(request.device, request.scenario, "--device")
     progress.stage("benchmark")
-    rows: list[Row] = module.run(request.artifacts, spec, onnx.open, _stepper(progress))
+    found = measure(module, request.artifacts, spec, board, _stepper(progress))
     progress.close()
-    compare.show(rows, Console())
+    console = Console()
+    for note in found.notes:
+        console.print(note, markup=False, highlight=False)
+    compare.show(found.rows, console)
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
-        compare.write(rows, request.out, fingerprint())
-    return rows
+        compare.write(found.rows, request.out, found.environment)
+    return found.rows
+
+
+def check_device(address: str, scenario: str, where: str) -> device.Device | None:
+    """Return the board of an address, None for this machine; RecipeError where a scenario cannot run there."""
+    if not address:
+        return None
+    if scenario != "edge":
+        raise RecipeError(f"the scenario {scenario} runs on this machine only", where=where, fix="use edge on a board")
+    return device.parse(address, where)
+
+
+def measure(
+    module: Any, artifacts: Sequence[Path], spec: Any, board: device.Device | None, progress: Callable[[float, str], None]
+) -> remote.Found:
+    """Return the rows of a scenario with the environment that they were taken in: a board, or this machine."""
+    from ..exporters import onnx
+
+    if board is not None:
+        return remote.run(artifacts, spec, board, progress)
+    for path in artifacts:
+        if path.suffix != onnx.suffix:
+            raise InputError("is not an ONNX file", where=str(path), fix="name .onnx files, the original first")
+    rows: list[Row] = module.run(artifacts, spec, onnx.open, progress)
+    return remote.Found(rows=rows, environment=fingerprint())
 
 
 def scenario(name: str, where: str) -> Any:

@@ -95,33 +95,63 @@ def _measure(cell: _Cell, runners: Sequence[Runner], batch: int) -> list[Row]:
     calls = [_call(runner, feed) for runner, feed in zip(runners, feeds, strict=True)]
     samples = sample(calls, cell.spec.sampling(cell.options.threads, batch))
     peaks = [_peak(cell, path, feed) for path, feed in zip(cell.paths, feeds, strict=True)]
-    return [_row(cell, runner, (batch, index), samples, peaks[index]) for index, runner in enumerate(runners)]
+    runtimes = tuple(runner.name for runner in runners)
+    condition = Condition(batch=batch, threads=cell.options.threads, seed=cell.spec.seed)
+    return rows_of(condition, Measured(names=tuple(names), runtimes=runtimes, samples=samples, peaks=tuple(peaks)))
 
 
-def _row(cell: _Cell, runner: Runner, place: tuple[int, int], samples: Samples, peak: int | None) -> Row:
-    batch, index = place
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """What the artifacts of a cell share; `seed` is that of the intervals."""
+
+    batch: int
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measured:
+    """What was measured of each artifact in one cell, here or on a board; the first is the baseline."""
+
+    names: tuple[str, ...]
+    runtimes: tuple[str, ...]
+    samples: Samples
+    peaks: tuple[int | None, ...]
+    details: tuple[Mapping[str, object], ...] = ()
+
+
+def rows_of(condition: Condition, measured: Measured) -> list[Row]:
+    """Return a row per artifact, with intervals."""
+    return [_row(condition, measured, index) for index in range(len(measured.names))]
+
+
+def _row(condition: Condition, measured: Measured, index: int) -> Row:
+    samples = measured.samples
     seconds, baseline = samples.seconds[index], samples.seconds[0]
     p50, p90, p99 = (float(value) for value in np.percentile(seconds, [50, 90, 99]) * 1e3)
-    rng = np.random.default_rng([cell.spec.seed, cell.options.threads, batch])
+    rng = np.random.default_rng([condition.seed, condition.threads, condition.batch])
     interval = intervals.median_interval(seconds, rng)
     return Row(
-        artifact=artifact_names(cell.paths)[index],
-        runtime=runner.name,
+        artifact=measured.names[index],
+        runtime=measured.runtimes[index],
         scenario="edge",
-        batch=batch,
-        threads=cell.options.threads,
+        batch=condition.batch,
+        threads=condition.threads,
         latency_ms_p50=p50,
         latency_ms_p90=p90,
         latency_ms_p99=p99,
         ci95=None if interval is None else (interval[0] * 1e3, interval[1] * 1e3),
-        throughput_per_s=batch * seconds.size / float(seconds.sum()),
-        peak_rss_bytes=peak,
+        throughput_per_s=condition.batch * seconds.size / float(seconds.sum()),
+        peak_rss_bytes=measured.peaks[index],
         ratio_to_baseline=intervals.ratio(seconds, baseline),
         ratio_ci95=intervals.ratio_interval(seconds, baseline, rng),
         samples=seconds,
         stable=samples.stable,
         waited=samples.waited,
+        details=measured.details[index] if measured.details else {},
     )
+
+
 
 
 def _call(runner: Runner, feeds: Feeds) -> Call:

@@ -205,6 +205,7 @@ def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
 @click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
+@click.option("--device", default="", metavar="ssh://USER@HOST", help="A board that measures, reached by ssh.")
 @click.option("--out", type=_PATH, help="Folder for bench.json and bench.csv.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
     """Time artifacts against the first of them, interleaved in one process."""
@@ -214,7 +215,8 @@ def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
         raise RecipeError(what, where="--out", fix="name a folder to write")
     from ..bench import command
 
-    common = {name: options.pop(name) for name in ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out")}
+    names = ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out", "device")
+    common = {name: options.pop(name) for name in names}
     settings = {name: value for name, value in options.items() if value is not None}
     command.run(command.Request(artifacts=artifacts, settings=settings, **common), _reporter())
 

@@ -34,7 +34,6 @@ else:
 SILENCE = 30.0
 """Seconds without a beat of the host's heart, which comes every 5, after which it is taken to be gone."""
 CELLS = Path("cells")
-BUILT = Path("kernels/libparedown.so")
 
 
 def main() -> int:
@@ -85,14 +84,14 @@ def run(job: dict[str, Any]) -> None:
     receive.say("environment", values=found)
     mark = {"boot_id": receive.boot_id(), "mode": str(found["cpu"])}
     kept = _kept(job["cells"], mark)
-    library = _library(job) if len(kept) < len(job["cells"]) else ""
+    library, reason = _library(job) if len(kept) < len(job["cells"]) else ("", "")
     opened: tuple[int, list[Any]] = (-1, [])
     for index, cell in enumerate(job["cells"]):
         receive.say("progress", done=index / len(job["cells"]), text=cell["label"])
         if cell["key"] not in kept:
             if opened[0] != cell["threads"]:
                 opened = (cell["threads"], [runners.open_runner(a, cell["threads"], library) for a in job["artifacts"]])
-            kept[cell["key"]] = _measure(job, cell, opened[1], library)
+            kept[cell["key"]] = _measure(job, cell, opened[1], (library, reason))
             _keep(cell["key"], dict(mark, cell=kept[cell["key"]]))
         receive.say("cell", index=index, **kept[cell["key"]])
 
@@ -130,17 +129,19 @@ def _keep(key: str, content: dict[str, Any]) -> None:
             beside.unlink()
 
 
-def _measure(job: dict[str, Any], cell: dict[str, Any], opened: Sequence[Any], library: str) -> dict[str, Any]:
+def _measure(job: dict[str, Any], cell: dict[str, Any], opened: Sequence[Any], kernels: tuple[str, str]) -> dict[str, Any]:
     feeds = [peak.load_feeds(path) for path in cell["feeds"]]
     details = [runner.details(fed) for runner, fed in zip(opened, feeds)]
+    for artifact, found in zip(job["artifacts"], details):
+        found.update({"kernels": kernels[1]} if kernels[1] and artifact["packed"] else {})
     calls = [_call(runner, fed) for runner, fed in zip(opened, feeds)]
-    found = sampling.sample(calls, SimpleNamespace(**cell["limits"]))
+    samples = sampling.sample(calls, SimpleNamespace(**cell["limits"]))
     return dict(
-        found,
-        seconds=[array.tolist() for array in found["seconds"]],
+        samples,
+        seconds=[array.tolist() for array in samples["seconds"]],
         runtimes=[runner.name for runner in opened],
         details=details,
-        peaks=[_peak(job, (cell, index), library) for index in range(len(opened))],
+        peaks=[_peak(job, (cell, index), kernels[0]) for index in range(len(opened))],
     )
 
 
@@ -158,26 +159,33 @@ def _peak(job: dict[str, Any], place: Any, library: str) -> int | None:
     )
 
 
-def _library(job: dict[str, Any]) -> str:
-    """Return the path of our kernels for onnxruntime, built here where the host sent sources; "" with a note."""
+def _library(job: dict[str, Any]) -> tuple[str, str]:
+    """Return the path of our kernels for onnxruntime, built here where the host sent sources; or "" and the reason."""
     if not job["library"]:
-        return ""
+        return "", job["without"]
     path = Path(job["library"]).resolve()
-    if job["build"] and not path.is_file():
+    if job["build"]:  # only what has changed is compiled
         receive.say("progress", done=0.0, text="build the kernels on the board")
-        done = subprocess.run(
-            [sys.executable, "-B", "kernels/build.py"], stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
-            if any(os.strerror(number) in done.stderr for number in receive.FULL):
-                raise runners.BoardError(runners.FAILED, "the board's disk is full", "free some space and run it again")
-            _note(f"the kernels were not built on the board, the portable bodies run: {said[0]}")
-            return ""
+        reason = _build()
+        if reason:
+            return _without(f"they were not built on the board: {reason}")
     reason = runners.check_library(str(path))
-    if reason:
-        _note(f"the kernels do not load on the board, the portable bodies run: {reason}")
-    return "" if reason else str(path)
+    return _without(f"they do not load on the board: {reason}") if reason else (str(path), "")
+
+
+def _build() -> str:
+    """Compile the kernels; return why they were not, "" where they were."""
+    command = [sys.executable, "-B", "kernels/build.py"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode and any(os.strerror(number) in done.stderr for number in receive.FULL):
+        raise runners.BoardError(runners.FAILED, "the board's disk is full", "free some space and run it again")
+    said = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+    return said[-1] if done.returncode else ""
+
+
+def _without(reason: str) -> tuple[str, str]:
+    _note(f"the portable bodies run, not the kernels: {reason}")
+    return "", reason
 
 
 def _note(text: str) -> None:
