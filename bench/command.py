@@ -77,7 +77,11 @@ def check_device(address: str, scenario: str, where: str) -> device.Device | Non
 
 
 def measure(
-    module: Any, artifacts: Sequence[Path], spec: Any, board: device.Device | None, progress: Callable[[float, str], None]
+    module: Any,
+    artifacts: Sequence[Path],
+    spec: Any,
+    board: device.Device | None,
+    progress: Callable[[float, str], None],
 ) -> remote.Found:
     """Return the rows of a scenario with the environment that they were taken in: a board, or this machine."""
     from ..exporters import onnx

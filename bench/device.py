@@ -20,14 +20,25 @@ OPTIONS = (
     *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "-o", "LogLevel=INFO"),
 )
 FORM = "write ssh://user@host or ssh://user@host:22"
-LOST = ("closed by remote host", "Connection reset", "Broken pipe", "Timeout, server", "client_loop", "Connection closed")
+LOST = (
+    "closed by remote host",
+    "Connection reset",
+    "Broken pipe",
+    "Timeout, server",
+    "client_loop",
+    "Connection closed",
+)
 NOT_FOUND, SSH_FAILED = 127, 255
 
 COMPLAINTS: tuple[tuple[str, str, str], ...] = (
     ("Could not resolve hostname", "there is no host of this name", "check it, or name the host in ~/.ssh/config"),
     ("IDENTIFICATION HAS CHANGED", "its host key is not the one that is known", "if you know why, ssh-keygen -R HOST"),
     ("Host key verification failed", "its host key is not known yet", "connect once by ssh HOST and confirm the key"),
-    ("Permission denied", "it does not let you in", "ssh must work without a password: add your key to it or to an agent"),
+    (
+        "Permission denied",
+        "it does not let you in",
+        "ssh must work without a password: add your key to it or to an agent",
+    ),
     ("Too many authentication failures", "it does not let you in", "name the key to use in ~/.ssh/config"),
     ("Connection refused", "it refuses connections", "start its ssh server, or write the port: ssh://user@host:22"),
     ("timed out", "it does not answer", "check that it is on, and that the network reaches it"),

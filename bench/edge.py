@@ -152,8 +152,6 @@ def _row(condition: Condition, measured: Measured, index: int) -> Row:
     )
 
 
-
-
 def _call(runner: Runner, feeds: Feeds) -> Call:
     return lambda: runner.run(feeds)
 

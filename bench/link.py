@@ -11,9 +11,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ..optimizer.errors import RuntimeMissingError
+from ..optimizer.errors import Error, RuntimeMissingError
 from . import device as devices
 from .device import Device
 
@@ -29,7 +29,7 @@ class Link:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.greeted = False
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: closed by `close`
         python = os.environ.get(devices.BOARD_PYTHON, "python3")
         remote = f"exec {shlex.quote(python)} -c {shlex.quote(RECEIVE.read_text(encoding='utf-8'))}"
         try:
@@ -77,20 +77,20 @@ class Link:
         for message in self.messages():
             if message["kind"] == kind:
                 return message
-        self.fail()
+        raise self.failure()
 
-    def fail(self) -> NoReturn:
-        """Raise for a connection that ended before the work did."""
+    def failure(self) -> Error:
+        """Return the error for a connection that ended before the work did."""
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace")
         if not self.greeted:
-            raise devices.refused(self.device, said, code)
+            return devices.refused(self.device, said, code)
         if devices.is_lost(said):
-            raise LinkLost("the link to the board broke", where=self.device.url, fix=AGAIN)
+            return LinkLost("the link to the board broke", where=self.device.url, fix=AGAIN)
         last = (said.strip().splitlines() or [f"ssh ended with {code}"])[-1].strip()
         what = f"the measuring process on the board was ended: {last}"
-        raise RuntimeMissingError(what, where=self.device.url, fix=f"see whether its memory is short; {AGAIN}")
+        return RuntimeMissingError(what, where=self.device.url, fix=f"see whether its memory is short; {AGAIN}")
 
     def close(self) -> None:
         """End the connection; the board's process ends with it."""

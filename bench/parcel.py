@@ -1,4 +1,4 @@
-"""What a board gets: artifacts with their weights, inputs, what measures, and our kernels as a library or as sources."""
+"""What a board gets: artifacts with their weights, inputs, what measures, our kernels as a library or as sources."""
 
 from __future__ import annotations
 

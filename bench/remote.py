@@ -129,7 +129,7 @@ def _measured(link: Link, order: _Order, board: Board, progress: Progress) -> Fo
                 progress(1.0, "done")
                 environment["notes"] = list(order.notes)
                 return Found(rows=rows, environment=environment, notes=tuple(order.notes))
-    link.fail()
+    raise link.failure()
 
 
 def _kernels(order: _Order, board: Board) -> Kernels:

@@ -129,7 +129,9 @@ def _keep(key: str, content: dict[str, Any]) -> None:
             beside.unlink()
 
 
-def _measure(job: dict[str, Any], cell: dict[str, Any], opened: Sequence[Any], kernels: tuple[str, str]) -> dict[str, Any]:
+def _measure(
+    job: dict[str, Any], cell: dict[str, Any], opened: Sequence[Any], kernels: tuple[str, str]
+) -> dict[str, Any]:
     feeds = [peak.load_feeds(path) for path in cell["feeds"]]
     details = [runner.details(fed) for runner, fed in zip(opened, feeds)]
     for artifact, found in zip(job["artifacts"], details):
@@ -154,9 +156,7 @@ def _peak(job: dict[str, Any], place: Any, library: str) -> int | None:
     if not job["peak_rss"]:
         return None
     artifact, feeds = job["artifacts"][index], cell["feeds"][index]
-    return peak.peak_rss_bytes(
-        {"artifact": artifact, "threads": cell["threads"], "library": library, "feeds": feeds}
-    )
+    return peak.peak_rss_bytes({"artifact": artifact, "threads": cell["threads"], "library": library, "feeds": feeds})
 
 
 def _library(job: dict[str, Any]) -> tuple[str, str]:

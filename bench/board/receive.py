@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say what this board has, take the files that it lacks, and become agent.py: what ssh starts, in any Python 3.
+"""Say what this board has, take the files that it lacks, and become agent.py; what ssh starts, in any Python 3.
 
 It reads from descriptor 0 without a buffer, so that agent.py goes on where it stops, and holds the lock over the change.
 Silence ends it: a link that broke without a word must not keep the lock. The hook PAREDOWN_BOOT_ID names another file
@@ -92,7 +92,7 @@ def hello():  # type: ignore[no-untyped-def]
         machine=platform.machine(),
         glibc=platform.libc_ver()[1],
         compiler=next((name for name in compilers if name and shutil.which(name)), ""),
-        packages=dict((name, version(name)) for name in ("numpy", "onnxruntime", "tensorrt")),
+        packages={name: version(name) for name in ("numpy", "onnxruntime", "tensorrt")},
     )
 
 
@@ -118,10 +118,10 @@ def take_lock():  # type: ignore[no-untyped-def]
     lock = os.open(os.path.join(CACHE, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         holder = os.read(lock, 200).decode().partition(" ")[0] or "unknown"
         what = "another measurement runs on the board (process %s)" % holder
-        raise BoardError(NO_RUNTIME, what, "two at once would slow each other down; wait for it")
+        raise BoardError(NO_RUNTIME, what, "two at once would slow each other down; wait for it") from error
     os.ftruncate(lock, 0)
     os.write(lock, ("%d %s\n" % (os.getpid(), boot_id())).encode())
     os.set_inheritable(lock, True)
@@ -167,11 +167,13 @@ def become_agent():  # type: ignore[no-untyped-def]
         receive(folder, order["files"])
     except OSError as error:
         if error.errno not in FULL:
-            raise BoardError(FAILED, "the board cannot write to %s: %s" % (folder, error.strerror), "")
+            raise BoardError(FAILED, "the board cannot write to %s: %s" % (folder, error.strerror)) from error
         free = shutil.disk_usage(CACHE).free / MB
         need = sum(entry[1] for entry in order["files"]) / MB
         what = "the board's disk is full: %.1f MB are free, all files are %.1f MB" % (free, need)
-        raise BoardError(FAILED, what, "free some space and run it again; the files that arrived whole are kept")
+        raise BoardError(
+            FAILED, what, "free some space and run it again; the files that arrived whole are kept"
+        ) from error
     os.chdir(folder)
     say("ready")
     os.execv(sys.executable, [sys.executable, "-B", os.path.join("board", "agent.py")])
