@@ -29,7 +29,7 @@ class Link:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.greeted = False
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: closed by `close`
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         python = os.environ.get(devices.BOARD_PYTHON, "python3")
         remote = f"exec {shlex.quote(python)} -c {shlex.quote(RECEIVE.read_text(encoding='utf-8'))}"
         try:

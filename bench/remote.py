@@ -66,9 +66,11 @@ def run(paths: Sequence[Path], spec: Spec, device: Device, progress: Progress = 
     with open_link(device) as link:
         board = _greeted(link, {NEEDS[artifact.kind] for artifact in found})
         try:
-            return _measured(link, order, board, progress)
+            done = _measured(link, order, board, progress)
         except LinkLost as error:
             raise _why_lost(error, order.device, board) from error
+    rows = [row for cell, message in done.cells for row in _rows(order, cell, message)]
+    return Found(rows=rows, environment=_environment(done.environment, order.notes), notes=tuple(order.notes))
 
 
 def check(device: Device, needs: Sequence[str]) -> None:
@@ -105,15 +107,22 @@ def _why_lost(error: LinkLost, device: Device, board: Board) -> Error:
     return RuntimeMissingError("the board was rebooted during the measurement", where=device.url, fix=fix)
 
 
-def _measured(link: Link, order: _Order, board: Board, progress: Progress) -> Found:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Done:
+    """What the board sent: each cell with what was measured in it, and its fingerprint."""
+
+    cells: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=list)
+    environment: dict[str, object] = field(default_factory=dict)
+
+
+def _measured(link: Link, order: _Order, board: Board, progress: Progress) -> _Done:
     kernels = _kernels(order, board)
     programs = parcel.programs()
     _send(link, order, (*programs, *kernels.items), progress)
     job = _job(order, kernels, [item.sha256() for item in programs])
     link.say(job)
     link.start_heart()
-    rows: list[Row] = []
-    environment: dict[str, object] = {}
+    done = _Done()
     for message in link.messages():
         match message["kind"]:
             case "progress":
@@ -121,14 +130,13 @@ def _measured(link: Link, order: _Order, board: Board, progress: Progress) -> Fo
             case "note":
                 order.notes.append(message["text"])
             case "environment":
-                environment = _environment(message["values"])
+                done.environment.update(message["values"])
             case "cell":
-                rows += _rows(order, job["cells"][message["index"]], message)
+                done.cells.append((job["cells"][message["index"]], message))
             case "done":
                 link.say({"received": True})
                 progress(1.0, "done")
-                environment["notes"] = list(order.notes)
-                return Found(rows=rows, environment=environment, notes=tuple(order.notes))
+                return done
     raise link.failure()
 
 
@@ -186,11 +194,11 @@ def _job(order: _Order, kernels: Kernels, programs: Sequence[str]) -> dict[str, 
     }
 
 
-def _environment(board: Mapping[str, object]) -> dict[str, object]:
+def _environment(board: Mapping[str, object], notes: Sequence[str]) -> dict[str, object]:
     """Return the board's fingerprint, with the state of the source that is here and the machine that asked."""
     host = fingerprint()
     mine = {key: host[key] for key in ("os", "cpu", "python", "packages")}
-    return {**board, **{key: host[key] for key in FROM_HOST}, "measured_from": mine}
+    return {**board, **{key: host[key] for key in FROM_HOST}, "measured_from": mine, "notes": list(notes)}
 
 
 def _rows(order: _Order, cell: Mapping[str, Any], message: Mapping[str, Any]) -> list[Row]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Say what this board has, take the files that it lacks, and become agent.py; what ssh starts, in any Python 3.
+"""Say what this board has, take the files that it lacks, become agent.py: what ssh starts, in any Python 3.
 
-It reads from descriptor 0 without a buffer, so that agent.py goes on where it stops, and holds the lock over the change.
-Silence ends it: a link that broke without a word must not keep the lock. The hook PAREDOWN_BOOT_ID names another file
+It reads from descriptor 0 without a buffer, so that agent.py goes on where it stops, and keeps the lock as it becomes
+that. Silence ends it: a link that broke without a word must not keep the lock. PAREDOWN_BOOT_ID names another file
 with the number of the boot, for tests.
 """
 

@@ -61,25 +61,25 @@ def _measure(calls: Sequence[Call], bursts: Sequence[int], limits: Any, run: Any
     rounds: list[list[Any]] = [[] for _ in calls]
     orders = []
     start, wall, waiting = clock(), time.perf_counter(), _seconds_without_core()
-    while not _enough(rounds, clock() - start, limits):
+    spent = [0.0 for _ in calls]
+    while not _enough(rounds, (clock() - start, spent), limits):
         order = tuple(int(index) for index in rng.permutation(len(calls)))
         for index in order:
             rounds[index].append(_time(calls[index], bursts[index], clock))
+            spent[index] += float(rounds[index][-1].sum())
         orders.append(order)
     waited = None if waiting is None else ((_seconds_without_core() or 0.0) - waiting) / (time.perf_counter() - wall)
     return {"seconds": tuple(np.stack(row) for row in rounds), "orders": tuple(orders), "waited": waited}
 
 
-def _enough(rounds: Sequence[Sequence[Any]], elapsed: float, limits: Any) -> bool:
-    count = len(rounds[0])
+def _enough(rounds: Sequence[Sequence[Any]], times: tuple[float, Sequence[float]], limits: Any) -> bool:
+    (elapsed, spent), count = times, len(rounds[0])
     if count < limits.min_rounds:
         return bool(elapsed >= limits.max_seconds * len(rounds) and count >= max(limits.min_rounds // 4, 1))
     if elapsed >= limits.max_seconds * len(rounds):
         return True
-    return all(
-        sum(float(part.sum()) for part in row) >= limits.min_seconds and sum(map(len, row)) >= limits.min_count
-        for row in rounds
-    )
+    runs = [count * len(row[0]) for row in rounds]
+    return min(spent) >= limits.min_seconds and min(runs) >= limits.min_count
 
 
 def _time(call: Call, count: int, clock: Clock) -> Any:

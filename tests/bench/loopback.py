@@ -107,10 +107,9 @@ class Loopback:
 
     def cut(self) -> None:
         """Kill the processes that serve the sessions, and nothing that they started."""
-        assert self.sshd is not None
-        for process in psutil.Process(self.sshd.pid).children(recursive=True):
+        for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.name().startswith("sshd"):
+                if process.name().startswith("sshd") and any(f":{self.port}" in c for c in sockets(process)):
                     process.kill()
 
     def running(self) -> list[psutil.Process]:
@@ -128,6 +127,12 @@ class Loopback:
         while (left := self.running()) and time.monotonic() < end:
             time.sleep(0.05)
         return left
+
+
+def sockets(process: psutil.Process) -> list[str]:
+    """Return the local ends of a process's connections that are made, as address:port."""
+    made = [found for found in process.net_connections("tcp") if found.status == psutil.CONN_ESTABLISHED]
+    return [f"{found.laddr.ip}:{found.laddr.port}" for found in made]
 
 
 def free_port() -> int:

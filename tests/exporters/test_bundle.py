@@ -188,7 +188,7 @@ def test_a_bundle_holds_all_that_a_board_needs(orin: Path) -> None:
     kernels = {name.removeprefix("kernels/") for name in files if name.startswith("kernels/")}
     assert files - {f"kernels/{name}" for name in kernels} == {
         *("README.md", "SHA256SUMS", "build.sh", "bundle.json", "examples.npz", "model.onnx", "model.plugin.onnx"),
-        *("plugin_aot.py", "run.py", "settings.sh"),
+        *("examples.py", "plugin_aot.py", "run.py", "settings.sh"),
     }
     assert {*node.SOURCES, *node.HEADERS, node.BUCKET, "lut_decode.h", "cuda/linear.cuh", "cuda/prepare.cu"} <= kernels
     assert {"cuda/linear_f16b_4.cu", "cuda/linear_f16_3.cu"} <= kernels
@@ -242,7 +242,7 @@ def test_the_readme_says_what_was_never_run(orin: Path) -> None:
 
 
 def test_what_runs_on_a_board_is_old_python_and_bash(orin: Path) -> None:
-    for name in ("run.py", "plugin_aot.py"):
+    for name in ("run.py", "examples.py", "plugin_aot.py"):
         ast.parse((orin / name).read_text(), feature_version=(3, 8))
     imported = {
         alias.name

@@ -1,0 +1,444 @@
+"""A board over ssh: an sshd on the loopback gives the same rows as here, and every fault its sentence and exit code.
+
+The rows of the fault table in bench/README.md are tests of this file, by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from paredown.bench import command, edge, link, parcel, remote
+from paredown.bench.board import receive
+from paredown.bench.device import Device
+from paredown.optimizer.errors import Error, ExportError, InputError, RecipeError, RuntimeMissingError
+
+from ..optimizer.tiny import optimize
+from .loopback import Loopback, free_port, generate_key, loopback
+
+BOARD = Device(host="board")
+SHORT = edge.Spec(min_seconds=0.02, min_count=4, warmup_seconds=0.05, peak_rss=False)
+TWO_CELLS = edge.Spec(batch=(1, 4), min_seconds=0.5, warmup_seconds=0.05, peak_rss=False)
+AGAIN = "run the same command again"
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Loopback]:
+    """A board for all tests; in a short path, whatever the name of the test is."""
+    with tempfile.TemporaryDirectory() as folder, loopback(Path(folder)) as board:
+        yield board
+
+
+@pytest.fixture
+def board(started: Loopback, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
+    """The board as it was when it was new."""
+    files = [path for path in started.folder.iterdir() if path.is_file() and path.suffix != ".log"]
+    saved = {path: path.read_bytes() for path in [*files, started.interpreter]}
+    environment = dict(started.environment)
+    monkeypatch.setenv("PAREDOWN_SSH_OPTIONS", f"-F {started.folder}/config")
+    monkeypatch.setenv("PAREDOWN_BOARD_PYTHON", str(started.interpreter))
+    yield started
+    for path, content in saved.items():
+        path.write_bytes(content)
+    shutil.rmtree(started.cache, ignore_errors=True)
+    if started.environment != environment:
+        started.environment = environment
+        started.restart()
+    assert started.wait_until_idle() == []
+
+
+@pytest.fixture
+def nets(tmp_path: Path) -> list[Path]:
+    """Two files that take a fraction of a millisecond, the second with its weights beside it."""
+    made = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    onnx.save(net(16384), made[0])
+    onnx.save(net(8192), made[1], save_as_external_data=True, location="b.onnx.data", size_threshold=0)
+    return made
+
+
+def net(width: int) -> onnx.ModelProto:
+    weight = np.random.default_rng(0).standard_normal((64, width)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "net",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 64])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", width])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def failure(nets: list[Path], spec: edge.Spec = SHORT, at: str = "", do: Callable[[], object] = lambda: None) -> Error:
+    """Return what measuring raises; `do` is called when progress first says `at`."""
+    with pytest.raises(Error) as caught:
+        run(nets, spec, at, do)
+    return caught.value
+
+
+def run(nets: list[Path], spec: edge.Spec, at: str, do: Callable[[], object]) -> remote.Found:
+    waiting = [do]
+
+    def progress(_: float, text: str) -> None:
+        if at and at in text and waiting:
+            waiting.pop()()
+
+    return remote.run(nets, spec, BOARD, progress)
+
+
+def listing(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- what works
+
+
+def test_rows_are_those_of_a_local_run_with_the_boards_fingerprint(board: Loopback, nets: list[Path]) -> None:
+    seen: list[str] = []
+    spec = edge.Spec(batch=(1, 4), threads=(1, 2), min_seconds=0.02, min_count=4, warmup_seconds=0.05)
+    found = remote.run(nets, spec, BOARD, lambda _, text: seen.append(text))
+    assert [(row.threads, row.batch, row.artifact) for row in found.rows] == [
+        (threads, batch, name) for threads in (1, 2) for batch in (1, 4) for name in ("a.onnx", "b.onnx")
+    ]
+    assert all(row.peak_rss_bytes for row in found.rows)
+    assert all(row.runtime == "onnxruntime" and row.scenario == "edge" for row in found.rows)
+    assert found.rows[0].ratio_to_baseline == 1.0
+    assert found.environment["threads_env"] == {"OMP_NUM_THREADS": "1"}
+    assert set(found.environment["measured_from"]) == {"os", "cpu", "python", "packages"}  # type: ignore[call-overload]
+    assert board.folder.name not in json.dumps(found.environment)
+    assert {"copy a.onnx, ", "copy b.onnx.data, "} <= {text.partition(",")[0] + ", " for text in seen}
+    assert listing(board.cache) >= {"lock"}
+    assert not [name for name in listing(board.cache) if "cells" in name or name.endswith(".part")]
+
+
+def test_rows_come_from_the_samples_by_the_code_of_a_local_run(board: Loopback, nets: list[Path]) -> None:
+    (row, _) = remote.run(nets, SHORT, BOARD).rows
+    flat = np.sort(row.samples.ravel()) * 1e3
+    assert row.latency_ms_p50 == pytest.approx(float(np.median(flat)))
+    assert row.samples.ndim == 2
+    assert row.waited is not None
+
+
+def test_only_files_that_differ_are_copied(board: Loopback, nets: list[Path]) -> None:
+    remote.run(nets, SHORT, BOARD)
+    (kept,) = board.cache.rglob("a.onnx")
+    (damaged,) = board.cache.rglob("b.onnx.data")
+    damaged.write_bytes(b"something else")
+    copied: list[str] = []
+    remote.run(nets, SHORT, BOARD, lambda _, text: copied.append(text))
+    assert [text.partition(",")[0] for text in copied if text.startswith("copy")] == ["copy b.onnx.data"]
+    assert damaged.read_bytes() == (nets[1].parent / "b.onnx.data").read_bytes()
+    assert kept.read_bytes() == nets[0].read_bytes()
+
+
+def test_the_command_writes_the_boards_environment(
+    board: Loopback, nets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--device", "ssh://board", "--min-seconds", "0.02", "--out", str(tmp_path / "out"))
+    done = optimize(monkeypatch, "bench", *map(str, nets), *options)
+    assert (done.code, done.error) == (0, [])
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert "measured_from" in found["environment"]
+    assert [row["artifact"] for row in found["rows"]] == ["a.onnx", "b.onnx"]
+
+
+def test_what_a_start_up_file_prints_is_ignored(board: Loopback, nets: list[Path]) -> None:
+    board.python(f'echo "Welcome to the board"; echo 7\nexec {sys.executable} "$@"')
+    assert len(remote.run(nets, SHORT, BOARD).rows) == 2
+
+
+# --- the board cannot be reached
+
+
+def test_unknown_host(board: Loopback, nets: list[Path]) -> None:
+    with (board.folder / "config").open("a") as config:
+        config.write("Host gone\n  HostName no..host\n")
+    with pytest.raises(RuntimeMissingError) as caught:
+        remote.run(nets, SHORT, Device(host="gone"))
+    says = "ssh://gone: the board cannot be reached: there is no host of this name; check it, or name the host in"
+    assert str(caught.value).startswith(says)
+    assert caught.value.exit_code == 7
+
+
+def test_refused(board: Loopback, nets: list[Path]) -> None:
+    with pytest.raises(RuntimeMissingError, match=r"it refuses connections; start its ssh server, or write the port"):
+        remote.run(nets, SHORT, Device(host="board", port=free_port()))
+    assert not board.cache.exists()
+
+
+def test_a_board_that_does_not_let_in(board: Loopback, nets: list[Path]) -> None:
+    (board.folder / "authorized").write_text("")
+    error = failure(nets)
+    assert (error.exit_code, error.what) == (7, "the board cannot be reached: it does not let you in")
+    assert "ssh must work without a password" in error.fix
+
+
+def test_host_key_changed(board: Loopback, nets: list[Path], tmp_path: Path) -> None:
+    generate_key(tmp_path / "other")
+    key = " ".join((tmp_path / "other.pub").read_text().split()[:2])
+    (board.folder / "known_hosts").write_text(f"[127.0.0.1]:{board.port} {key}\n")
+    error = failure(nets)
+    assert error.what == "the board cannot be reached: its host key is not the one that is known"
+    assert (error.exit_code, error.fix) == (7, "if you know why, ssh-keygen -R board")
+
+
+def test_host_key_unknown(board: Loopback, nets: list[Path]) -> None:
+    (board.folder / "known_hosts").write_text("")
+    error = failure(nets)
+    assert error.what == "the board cannot be reached: its host key is not known yet"
+    assert (error.exit_code, error.fix) == (7, "connect once by ssh board and confirm the key")
+
+
+def test_no_ssh_here(nets: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = failure(nets)
+    assert (error.exit_code, str(error)) == (7, "there is no ssh here; install openssh-client")
+
+
+# --- the board lacks something
+
+
+def test_no_python(board: Loopback, nets: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAREDOWN_BOARD_PYTHON", "python-none")
+    error = failure(nets)
+    assert (error.exit_code, error.what) == (7, "there is no python-none on the board")
+    assert error.fix == "install Python 3.8 or later there, or name it in PAREDOWN_BOARD_PYTHON"
+
+
+def test_python_too_old(board: Loopback, nets: list[Path]) -> None:
+    old = "import sys; sys.version_info = (3, 6, 9); exec(sys.argv[-1])"
+    board.python(f'exec {sys.executable} -c "{old}" "$2"')
+    error = failure(nets)
+    assert (error.exit_code, error.what) == (7, "the board's python3 is Python 3.6, measuring needs 3.8")
+
+
+def test_numpy_and_runtime_missing(board: Loopback, nets: list[Path]) -> None:
+    board.python(f'exec {sys.executable} -S "$@"')
+    error = failure(nets)
+    assert (error.exit_code, error.what) == (7, "the board lacks numpy and onnxruntime")
+    assert error.fix == "run python3 -m pip install numpy onnxruntime there"
+
+
+def test_runtime_that_does_not_load(board: Loopback, nets: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libnone.so.1 is missing')\n")
+    board.python(f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
+    error = failure(nets)
+    assert (error.exit_code, error.what) == (7, "onnxruntime does not load on the board: libnone.so.1 is missing")
+
+
+def test_an_artifact_that_does_not_load_there(board: Loopback, nets: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "older").mkdir()
+    text = "import importlib.util\nclass SessionOptions:\n  def __getattr__(self, name): return lambda *a: None\n"
+    text += "__version__ = '1.8.0'\ndef InferenceSession(*a, **k): raise RuntimeError('opset 17 is too new')\n"
+    (tmp_path / "older" / "onnxruntime.py").write_text(text)
+    board.python(f'PYTHONPATH={tmp_path}/older exec {sys.executable} "$@"')
+    error = failure(nets)
+    assert error.what == "onnxruntime 1.8.0 on the board does not load a.onnx: opset 17 is too new"
+    assert error.exit_code == 6
+
+
+# --- in the middle
+
+
+def test_link_cut_and_resumed(board: Loopback, nets: list[Path]) -> None:
+    error = failure(nets, TWO_CELLS, "batch 4", board.cut)
+    assert (error.exit_code, error.what) == (7, "the link to the board broke")
+    assert error.fix == f"{AGAIN}: what was copied and the cells that were finished are kept"
+    assert board.wait_until_idle() == []
+    found = remote.run(nets, TWO_CELLS, BOARD)
+    assert found.notes == ("1 of 2 cells were finished by an earlier run",)
+    assert [row.batch for row in found.rows] == [1, 1, 4, 4]
+    assert remote.run(nets, TWO_CELLS, BOARD).notes == ()  # all were delivered, so all are measured anew
+
+
+def test_board_rebooted(board: Loopback, nets: list[Path]) -> None:
+    def reboot() -> None:
+        board.boot_id.write_text("second boot\n")
+        board.cut()
+
+    error = failure(nets, TWO_CELLS, "batch 4", reboot)
+    assert (error.exit_code, error.what) == (7, "the board was rebooted during the measurement")
+    assert error.fix == f"{AGAIN}: what was copied is kept, finished cells are measured again"
+    found = remote.run(nets, TWO_CELLS, BOARD)
+    assert found.notes == ("the board was rebooted since an earlier run, so 1 finished cells are measured again",)
+
+
+def test_board_gone(board: Loopback, nets: list[Path]) -> None:
+    def vanish() -> None:
+        board.stop()
+        board.cut()
+
+    try:
+        error = failure(nets, TWO_CELLS, "batch 4", vanish)
+    finally:
+        board.start()
+    assert error.exit_code == 7
+    says = "the link to the board broke, and the board cannot be reached: it refuses connections"
+    assert error.what == says
+    assert AGAIN in error.fix
+
+
+def test_killed(board: Loopback, nets: list[Path]) -> None:
+    error = failure(nets, TWO_CELLS, "batch 4", lambda: [process.kill() for process in board.running()])
+    assert error.exit_code == 7
+    assert error.what.startswith("the measuring process on the board was ended")
+    assert "see whether its memory is short" in error.fix
+    assert remote.run(nets, TWO_CELLS, BOARD).notes == ("1 of 2 cells were finished by an earlier run",)
+
+
+def test_interrupted_here(board: Loopback, nets: list[Path]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(nets, TWO_CELLS, "batch 4", interrupt)
+    assert board.wait_until_idle() == []
+
+
+def test_clock_mode_changed(board: Loopback, nets: list[Path]) -> None:
+    failure(nets, TWO_CELLS, "batch 4", board.cut)
+    (cell,) = board.cache.rglob("cells/*.json")
+    cell.write_text(json.dumps(json.loads(cell.read_text()) | {"mode": "powersave"}))
+    assert board.wait_until_idle() == []
+    found = remote.run(nets, TWO_CELLS, BOARD)
+    assert found.notes == ("the clock mode was changed since an earlier run, so 1 finished cells are measured again",)
+
+
+def test_copy_cut_and_resumed(board: Loopback, nets: list[Path], tmp_path: Path) -> None:
+    big = tmp_path / "c.onnx"
+    onnx.save(net(200_000), big)
+    error = failure([*nets, big], SHORT, "copy c.onnx, 5", board.cut)
+    assert error.what == "the link to the board broke"
+    assert board.wait_until_idle() == []
+    names = listing(board.cache)
+    assert not [name for name in names if name.endswith((".part", "c.onnx"))]
+    copied: list[str] = []
+    remote.run([*nets, big], SHORT, BOARD, lambda _, text: copied.append(text.partition(",")[0]))
+    assert "copy c.onnx" in copied
+    assert "copy a.onnx" not in copied
+
+
+def test_disk_full(board: Loopback, nets: list[Path], tmp_path: Path) -> None:
+    big = tmp_path / "c.onnx"
+    onnx.save(net(60_000), big)
+    small = board.folder / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no full disk: only root may mount a small one")
+    try:
+        board.restart(XDG_CACHE_HOME=str(small))
+        error = failure([*nets, big])
+        assert error.exit_code == 6
+        assert isinstance(error, ExportError)
+        assert error.what.startswith("the board's disk is full: ")
+        assert error.fix == "free some space and run it again; the files that arrived whole are kept"
+        assert board.wait_until_idle() == []
+        names = {Path(name).name for name in listing(small)}
+        assert {"a.onnx", "b.onnx", "b.onnx.data"} <= names
+        assert not {"c.onnx", "c.onnx.part"} & names
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+        small.rmdir()
+
+
+# --- the lock
+
+
+def test_two_hosts_do_not_measure_at_once(board: Loopback, nets: list[Path]) -> None:
+    with link.open_link(BOARD) as first:
+        first.expect("hello")
+        first.say({"folder": "first", "files": [["x", 1, "never sent"]]})
+        first.expect("want")
+        error = failure(nets)
+    assert error.exit_code == 7
+    assert error.what.startswith("another measurement runs on the board (process ")
+    assert board.wait_until_idle() == []
+    assert len(remote.run(nets, SHORT, BOARD).rows) == 2
+
+
+def test_a_lock_that_was_left_behind_keeps_nobody_out(board: Loopback, nets: list[Path]) -> None:
+    board.cache.mkdir(parents=True)
+    (board.cache / "lock").write_text(f"{os.getpid()} an earlier boot\n")
+    assert len(remote.run(nets, SHORT, BOARD).rows) == 2
+    assert (board.cache / "lock").read_text().endswith(" first boot\n")
+
+
+def test_silence_ends_it(tmp_path: Path) -> None:
+    """A link that breaks without a word must not hold the lock: no byte comes, and none is closed."""
+    text = Path(str(receive.__file__)).read_text().replace("SILENCE = 60.0", "SILENCE = 0.2")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    killer = threading.Timer(20, process.kill)
+    killer.start()
+    assert process.wait() == 1
+    killer.cancel()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    process.stdout.close()
+
+
+# --- what cannot be asked for
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "user", "port"),
+    [
+        ("ssh://me@board:2222", "board", "me", 2222),
+        ("ssh://Board", "Board", "", None),
+        ("ssh://[::1]:22/", "::1", "", 22),
+        ("ssh://first.last@10.0.0.7", "10.0.0.7", "first.last", None),
+    ],
+)
+def test_addresses(text: str, host: str, user: str, port: int | None) -> None:
+    found = command.check_device(text, "edge", "--device")
+    assert found == Device(host=host, user=user, port=port)
+    assert found.url == text.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    "text", ["board", "http://board", "ssh://", "ssh://-oProxyCommand=x", "ssh://b/x", "ssh://b:x"]
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"is no address.*; write ssh://user@host or ssh://user@host:22$"):
+        command.check_device(text, "edge", "--device")
+
+
+def test_a_password_is_refused_and_not_repeated() -> None:
+    with pytest.raises(RecipeError) as caught:
+        command.check_device("ssh://me:secret@board", "edge", "--device")
+    assert str(caught.value) == "--device: an address holds no password; use a key: ssh must work without one"
+
+
+def test_other_scenarios_stay_here() -> None:
+    with pytest.raises(RecipeError, match="the scenario server runs on this machine only; use edge on a board"):
+        command.check_device("ssh://board", "server", "--device")
+
+
+def test_what_a_board_cannot_run(tmp_path: Path, nets: list[Path]) -> None:
+    engine = tmp_path / "model.engine"
+    engine.write_bytes(b"engine")
+    with pytest.raises(RecipeError, match=r'"model.engine" is nothing that a board can run; an engine fits'):
+        remote.run([engine], SHORT, BOARD)
+    (tmp_path / "b.onnx.data").unlink()
+    with pytest.raises(InputError, match=r"^b.onnx: its weights are in b.onnx.data, which is missing; keep both"):
+        remote.run(nets, SHORT, BOARD)
+
+
+def test_the_work_folder_is_named_by_contents(nets: list[Path]) -> None:
+    named = [parcel.folder_name(parcel.artifacts(paths, ["a", "b"], "")) for paths in (nets, nets, nets[::-1])]
+    assert named[0] == named[1] != named[2]
