@@ -1,36 +1,49 @@
 """A board over ssh: an sshd on the loopback gives the same rows as here, and every fault its sentence and exit code.
 
-The rows of the fault table in bench/README.md are tests of this file, by name.
+The rows of the fault table in docs/remote.md are tests of this file, by name.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
+from torch import nn
 
 from paredown.bench import command, edge, link, parcel, remote
-from paredown.bench.board import receive
+from paredown.bench.board import receive, runners
 from paredown.bench.device import Device
+from paredown.exporters import bundle, onnx_runner
+from paredown.exporters import onnx as export
+from paredown.kernels import build, native
+from paredown.optimizer import store
 from paredown.optimizer.errors import Error, ExportError, InputError, RecipeError, RuntimeMissingError
+from paredown.optimizer.model import InputSpec, Model, Source, SourceFile, from_module
 
-from ..optimizer.tiny import optimize
-from .loopback import Loopback, free_port, generate_key, loopback
+from ..exporters.conftest import packed
+from ..optimizer.tiny import edit, optimize, project
+from .loopback import Loopback, free_port, generate_key, loopback, program
 
 BOARD = Device(host="board")
 SHORT = edge.Spec(min_seconds=0.02, min_count=4, warmup_seconds=0.05, peak_rss=False)
-TWO_CELLS = edge.Spec(batch=(1, 4), min_seconds=0.5, warmup_seconds=0.05, peak_rss=False)
+TWO_CELLS = edge.Spec(batch=(1, 4), min_seconds=0.2, warmup_seconds=0.05, peak_rss=False)
 AGAIN = "run the same command again"
 
 
@@ -50,6 +63,7 @@ def board(started: Loopback, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopba
     monkeypatch.setenv("PAREDOWN_SSH_OPTIONS", f"-F {started.folder}/config")
     monkeypatch.setenv("PAREDOWN_BOARD_PYTHON", str(started.interpreter))
     yield started
+    (started.folder / "bin" / "c++").unlink(missing_ok=True)
     for path, content in saved.items():
         path.write_bytes(content)
     shutil.rmtree(started.cache, ignore_errors=True)
@@ -137,7 +151,7 @@ def test_only_files_that_differ_are_copied(board: Loopback, nets: list[Path]) ->
     damaged.write_bytes(b"something else")
     copied: list[str] = []
     remote.run(nets, SHORT, BOARD, lambda _, text: copied.append(text))
-    assert [text.partition(",")[0] for text in copied if text.startswith("copy")] == ["copy b.onnx.data"]
+    assert {text.partition(",")[0] for text in copied if text.startswith("copy")} == {"copy b.onnx.data"}
     assert damaged.read_bytes() == (nets[1].parent / "b.onnx.data").read_bytes()
     assert kept.read_bytes() == nets[0].read_bytes()
 
@@ -151,6 +165,27 @@ def test_the_command_writes_the_boards_environment(
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert "measured_from" in found["environment"]
     assert [row["artifact"] for row in found["rows"]] == ["a.onnx", "b.onnx"]
+
+
+@pytest.mark.slow
+def test_a_recipe_names_a_board(board: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The board measures; where it cannot, that is said before the steps take time."""
+    monkeypatch.chdir(tmp_path)
+    edit(project(tmp_path) / "recipe.yaml", "export: [onnx]", "export: [onnx]\nbench: {device: 'ssh://board'}")
+    done = optimize(monkeypatch, "run", "recipe.yaml", "--out", "small")
+    assert (done.code, done.error) == (0, [])
+    report = json.loads((tmp_path / "small" / "report.json").read_text())
+    assert [row["artifact"] for row in report["bench"]] == ["baseline.onnx", "model.onnx"]
+    assert "measured_from" in report["environment"]["bench_device"]
+    board.stop()
+    try:
+        done = optimize(monkeypatch, "run", "recipe.yaml", "--out", "other")
+    finally:
+        board.start()
+    says = "optimize: ssh://board: the board cannot be reached: it refuses connections; start its ssh server, or write"
+    assert done.code == 7
+    assert done.error[0].startswith(says)
+    assert "quantize (1 of 1)" not in done.err
 
 
 def test_what_a_start_up_file_prints_is_ignored(board: Loopback, nets: list[Path]) -> None:
@@ -306,6 +341,7 @@ def test_interrupted_here(board: Loopback, nets: list[Path]) -> None:
     assert board.wait_until_idle() == []
 
 
+@pytest.mark.slow
 def test_clock_mode_changed(board: Loopback, nets: list[Path]) -> None:
     failure(nets, TWO_CELLS, "batch 4", board.cut)
     (cell,) = board.cache.rglob("cells/*.json")
@@ -315,6 +351,7 @@ def test_clock_mode_changed(board: Loopback, nets: list[Path]) -> None:
     assert found.notes == ("the clock mode was changed since an earlier run, so 1 finished cells are measured again",)
 
 
+@pytest.mark.slow
 def test_copy_cut_and_resumed(board: Loopback, nets: list[Path], tmp_path: Path) -> None:
     big = tmp_path / "c.onnx"
     onnx.save(net(200_000), big)
@@ -351,6 +388,141 @@ def test_disk_full(board: Loopback, nets: list[Path], tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", str(small)], check=True)
         small.rmdir()
+
+
+# --- our kernels, and the engines of a bundle
+
+
+def linear() -> Model:
+    """Return a network of one layer, with its source."""
+    source = "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Linear(64, 32))\n"
+    made: dict[str, Callable[[], nn.Module]] = {}
+    exec(source, made)  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = made["net"]()
+    files = (SourceFile(name="net.py", text=source),)
+    return from_module(module, (InputSpec(name="x", shape=("batch", 64)),), Source(entry="net.py:net", files=files))
+
+
+def packed_file(folder: Path) -> Path:
+    """Write a linear layer of 4-bit codes, which our kernels multiply by."""
+    model, seeded = linear(), torch.Generator().manual_seed(0)
+    weight = packed(model.weights["0.weight"].dense(), "codebook 4", seeded)
+    export.export(model.with_weights({"0.weight": weight}), folder / "packed.onnx")
+    return folder / "packed.onnx"
+
+
+needs_kernels = pytest.mark.skipif(not native.available(), reason="kernels not built: there is no C++ compiler")
+
+
+@needs_kernels
+def test_the_library_is_copied_to_a_like_machine(board: Loopback, tmp_path: Path) -> None:
+    (row,) = remote.run([packed_file(tmp_path)], SHORT, BOARD).rows
+    assert (row.runtime, row.details) == ("onnxruntime with kernels", {})
+    assert [name for name in listing(board.cache) if name.endswith(".so")]
+    (row,) = remote.run([packed_file(tmp_path)], replace(SHORT, kernels=False), BOARD).rows
+    assert (row.runtime, row.details) == ("onnxruntime without kernels", {})
+
+
+def test_without_a_compiler_the_row_says_why(board: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "_fits", lambda *_: "")
+    board.interpreter.write_text(board.interpreter.read_text().replace(":/usr/bin:/bin", ""))
+    found = remote.run([packed_file(tmp_path)], SHORT, BOARD)
+    reason = f"there is no C++ compiler on the board ({platform.machine()}) to build the kernels with"
+    assert (found.rows[0].runtime, found.rows[0].details) == ("onnxruntime without kernels", {"kernels": reason})
+    assert found.notes == (f"the portable bodies run, not the kernels: {reason}",)
+
+
+def test_a_compiler_that_fails(board: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "_fits", lambda *_: "")
+    program(board.folder / "bin" / "c++", "echo 'c++: fatal error: no assembler' >&2; exit 1\n")
+    (row,) = remote.run([packed_file(tmp_path)], SHORT, BOARD).rows
+    assert row.runtime == "onnxruntime without kernels"
+    assert "they were not built on the board: " in str(row.details["kernels"])
+    assert "no assembler" in str(row.details["kernels"])
+
+
+def test_disk_full_while_building(board: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "_fits", lambda *_: "")
+    program(board.folder / "bin" / "c++", "echo 'cannot write: No space left on device' >&2; exit 1\n")
+    error = failure([packed_file(tmp_path)])
+    assert (error.exit_code, error.what) == (6, "the board's disk is full")
+
+
+@pytest.mark.slow
+def test_sources_are_built_on_another_machine(board: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not shutil.which("c++", path="/usr/bin:/bin"):
+        pytest.skip("kernels not built: there is no C++ compiler")
+    monkeypatch.setattr(parcel, "_fits", lambda *_: "")
+    made = packed_file(tmp_path)
+    # What an earlier build of these sources left: all of them take minutes.
+    objects = Path(build.__file__).resolve().parents[1] / "build" / "kernels"
+    if objects.is_dir():
+        folder = parcel.folder_name(parcel.artifacts([made], ["packed.onnx"], ""))
+        shutil.copytree(objects, board.cache / folder / "build" / "kernels")
+    (row,) = remote.run([made], SHORT, BOARD).rows
+    assert (row.runtime, row.details) == ("onnxruntime with kernels", {})
+    assert not {name for name in listing(board.cache) if name.endswith(".partial")}
+
+
+def test_a_bundle_is_built_and_timed_there(board: Loopback, tmp_path: Path) -> None:
+    """With a stand-in of TensorRT, as in tests/exporters/test_bundle.py."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the CUDA runtime that stands in")
+    (tmp_path / "net").mkdir()
+    store.save(linear(), tmp_path / "net")
+    made = bundle.bundle(tmp_path / "net", "jetson-orin", tmp_path / "orin", bundle.Options())
+    error = failure([made])
+    assert (error.exit_code, error.what) == (7, "the board lacks TensorRT")
+    exporters = Path(__file__).resolve().parents[1] / "exporters"
+    shutil.copy(exporters / "standin_tensorrt.py", tmp_path / "tensorrt.py")
+    library = tmp_path / "libcudart.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, exporters / "standin_cudart.c"], check=True)
+    paths = f"PYTHONPATH={tmp_path} LD_LIBRARY_PATH={tmp_path} PYTHON={board.interpreter}"
+    board.python(f'export {paths}; exec {sys.executable} "$@"')
+    (row, other) = remote.run([made, made / "model.onnx"], replace(SHORT, batch=(4,)), BOARD).rows
+    assert (row.artifact, row.runtime, other.runtime) == ("orin", "tensorrt", "onnxruntime")
+    inner = row.details["latency_ms_p50_without_transfers"]
+    assert isinstance(inner, float)
+    assert inner > 0
+    assert [name for name in listing(board.cache) if name.endswith("build/model.engine")]
+
+
+# --- the page of faults
+
+
+def test_every_fault_of_the_page_has_a_test() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "remote.md").read_text()
+    named = set(re.findall(r"`(test_\w+)` \|$", page, re.MULTILINE))
+    assert len(named) >= 15
+    assert named <= {name for name in globals() if name.startswith("test_")}
+
+
+# --- what runs there
+
+
+def test_what_runs_on_a_board_is_old_python() -> None:
+    files = [item.path for item in parcel.programs() if item.path is not None]
+    names = {path.stem for path in files}
+    assert {"agent", "receive", "environment"} <= names
+    for path in files:
+        least = (3, 5) if path.stem == "receive" else (3, 8)
+        tree = ast.parse(path.read_text(), feature_version=least)
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+        tops = {name.partition(".")[0] for name in modules}
+        assert tops <= {*sys.stdlib_module_names, "numpy", *names}, path.name
+    ast.parse(Path(build.__file__).read_text(), feature_version=(3, 8))
+
+
+def test_the_session_is_that_of_a_local_run() -> None:
+    here = inspect.getsource(onnx_runner.load)
+    there = inspect.getsource(runners.Onnx)
+    entries = [re.findall(r"add_session_config_entry\(.*?\)|severity_level = \d", text) for text in (here, there)]
+    assert len(entries[0]) == 3
+    assert sorted(entries[0]) == sorted(entries[1])
 
 
 # --- the lock

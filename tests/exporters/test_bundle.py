@@ -582,6 +582,16 @@ def test_kernels_are_embedded_where_tensorrt_can(board: Board, software: Path, t
     assert done.stdout.startswith("registered paredown::LutLinearMma16\nmodel.aot.engine: ")
 
 
+def test_examples_are_timed_with_transfers_and_without(board: Board) -> None:
+    assert board.run("build.sh").returncode == 0
+    done = board.run("run.py", "bench")
+    assert (done.returncode, done.stderr) == (0, "")
+    form = r"example {}: p50 ([\d.]+) ms, p99 [\d.]+ ms with transfers; p50 ([\d.]+) ms without; 200 runs\n"
+    found = re.fullmatch(form.format(0) + form.format(1), done.stdout)
+    assert found is not None
+    assert float(found[2]) <= float(found[1])
+
+
 def test_a_bundle_without_a_plugin_says_so(board: Board) -> None:
     (board.folder / bundle.PLUGIN_GRAPH).unlink()
     text = (board.folder / "settings.sh").read_text()

@@ -476,10 +476,10 @@ RECIPES = {
         code=7,
         says='recipe.yaml:7: there is no runtime "tensorrt" in this version; use one of onnxruntime',
     ),
-    "unreachable device": Case(
-        prepare=(recipe("export: [onnx]", "export: [onnx]\nbench: {device: 'ssh://me@board'}"),),
-        code=7,
-        says='recipe.yaml:7: the device "ssh://me@board" cannot be reached by this version',
+    "no address of a device": Case(
+        prepare=(recipe("export: [onnx]", "export: [onnx]\nbench: {device: me@board}"),),
+        code=2,
+        says='recipe.yaml:7: "me@board" is no address of a board; write ssh://user@host or ssh://user@host:22',
     ),
     "bench of nothing": Case(
         prepare=(recipe("export: [onnx]", "bench: {}"),),
