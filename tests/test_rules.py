@@ -31,6 +31,9 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "onnx_ir": "onnx-i
 OPTIONAL = {"optimizer/recipes/digits.py": {"sklearn"}, "optimizer/huggingface.py": {"transformers"}}
 """Modules that an extra installs: the file imports them where it needs them, and says which extra is missing."""
 
+ON_A_BOARD = {path.stem for path in (ROOT / "bench" / "board").glob("*.py")} | {"environment"}
+"""Modules that lie beside each other where they are copied to."""
+
 PIPE = "bench/peak.py"
 """The child that measures memory reads its job from its parent's pipe, and prints the answer."""
 
@@ -230,6 +233,7 @@ def test_every_module_that_is_imported_is_declared() -> None:
     found = []
     for path in PRODUCT:
         optional = OPTIONAL.get(str(path.relative_to(ROOT)), set())
+        optional = optional | (ON_A_BOARD if path.parent == ROOT / "bench" / "board" else set())
         for node in ast.walk(syntax(path)):
             for name in imported(node) - optional - set(sys.stdlib_module_names) - {"paredown", "__future__"}:
                 if DISTRIBUTIONS.get(name, name).lower() not in declared:

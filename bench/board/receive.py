@@ -15,6 +15,7 @@ import platform
 import select
 import shutil
 import sys
+from typing import Any, Optional, Sequence
 
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "paredown")
 BOOT_ID = os.environ.get("PAREDOWN_BOOT_ID") or "/proc/sys/kernel/random/boot_id"
@@ -29,18 +30,18 @@ MB = 1e6
 class BoardError(Exception):
     """What was wrong and what to do, with the exit code."""
 
-    def __init__(self, code, what, fix=""):  # type: ignore[no-untyped-def]
+    def __init__(self, code: int, what: str, fix: str = "") -> None:
         Exception.__init__(self, what)
         self.code, self.fix = code, fix
 
 
-def say(kind, **values):  # type: ignore[no-untyped-def]
+def say(kind: str, **values: Any) -> None:
     """Send one message to the host."""
     sys.stdout.write(json.dumps(dict(values, kind=kind)) + "\n")
     sys.stdout.flush()
 
 
-def read(count):  # type: ignore[no-untyped-def]
+def read(count: int) -> bytes:
     """Return up to `count` bytes from the host; the process ends where there will be none."""
     ready, _, _ = select.select([0], [], [], SILENCE)
     found = os.read(0, count) if ready else b""
@@ -49,7 +50,7 @@ def read(count):  # type: ignore[no-untyped-def]
     return found
 
 
-def read_line():  # type: ignore[no-untyped-def]
+def read_line() -> Any:
     """Return the next line that is not empty, and not a byte behind it."""
     line = b""
     while not line.endswith(b"\n") or not line.strip():
@@ -57,7 +58,7 @@ def read_line():  # type: ignore[no-untyped-def]
     return json.loads(line.decode())
 
 
-def boot_id():  # type: ignore[no-untyped-def]
+def boot_id() -> str:
     """Return what changes with every boot, "" where the system does not say."""
     try:
         with open(BOOT_ID) as file:
@@ -66,7 +67,7 @@ def boot_id():  # type: ignore[no-untyped-def]
         return ""
 
 
-def version(name):  # type: ignore[no-untyped-def]
+def version(name: str) -> Optional[str]:
     """Return the version of a package, None where it is not installed."""
     import importlib.metadata
     import importlib.util
@@ -79,7 +80,7 @@ def version(name):  # type: ignore[no-untyped-def]
         return "unknown"
 
 
-def hello():  # type: ignore[no-untyped-def]
+def hello() -> None:
     """Say what the host decides by what to send."""
     if sys.version_info < LEAST:
         have, least = ("%d.%d" % tuple(found[:2]) for found in (sys.version_info, LEAST))
@@ -96,7 +97,7 @@ def hello():  # type: ignore[no-untyped-def]
     )
 
 
-def digest(path):  # type: ignore[no-untyped-def]
+def digest(path: str) -> str:
     """Return the SHA-256 of a file, "" where there is none."""
     found = hashlib.sha256()
     try:
@@ -108,7 +109,7 @@ def digest(path):  # type: ignore[no-untyped-def]
     return found.hexdigest()
 
 
-def take_lock():  # type: ignore[no-untyped-def]
+def take_lock() -> None:
     """Hold the one lock of the board until this process has ended, however it ends; agent.py inherits it.
 
     The system drops it with the process, so that a file which a crash or a reboot left behind keeps nobody out; what
@@ -127,7 +128,7 @@ def take_lock():  # type: ignore[no-untyped-def]
     os.set_inheritable(lock, True)
 
 
-def receive(folder, files):  # type: ignore[no-untyped-def]
+def receive(folder: str, files: Sequence[Any]) -> None:
     """Write the files that are missing or differ; each is there whole or not at all."""
     wanted = [entry for entry in files if digest(os.path.join(folder, entry[0])) != entry[2]]
     say("want", names=[entry[0] for entry in wanted])
@@ -144,7 +145,7 @@ def receive(folder, files):  # type: ignore[no-untyped-def]
                 os.remove(part)
 
 
-def receive_one(path, size):  # type: ignore[no-untyped-def]
+def receive_one(path: str, size: int) -> str:
     """Write `size` bytes from the host to a file and return their SHA-256."""
     found = hashlib.sha256()
     with open(path, "wb") as file:
@@ -156,7 +157,7 @@ def receive_one(path, size):  # type: ignore[no-untyped-def]
     return found.hexdigest()
 
 
-def become_agent():  # type: ignore[no-untyped-def]
+def become_agent() -> None:
     """Take the files, then run agent.py in place of this."""
     hello()
     take_lock()
@@ -179,7 +180,7 @@ def become_agent():  # type: ignore[no-untyped-def]
     os.execv(sys.executable, [sys.executable, "-B", os.path.join("board", "agent.py")])
 
 
-def main():  # type: ignore[no-untyped-def]
+def main() -> None:
     """Run; what was wrong goes to the host as a message."""
     try:
         become_agent()

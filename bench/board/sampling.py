@@ -79,7 +79,7 @@ def _enough(rounds: Sequence[Sequence[Any]], times: tuple[float, Sequence[float]
     if elapsed >= limits.max_seconds * len(rounds):
         return True
     runs = [count * len(row[0]) for row in rounds]
-    return min(spent) >= limits.min_seconds and min(runs) >= limits.min_count
+    return bool(min(spent) >= limits.min_seconds and min(runs) >= limits.min_count)
 
 
 def _time(call: Call, count: int, clock: Clock) -> Any:
