@@ -117,6 +117,7 @@ class Measured:
     runtimes: tuple[str, ...]
     samples: Samples
     peaks: tuple[int | None, ...]
+    joules: tuple[float | None, ...] = ()
     details: tuple[Mapping[str, object], ...] = ()
 
 
@@ -148,6 +149,7 @@ def _row(condition: Condition, measured: Measured, index: int) -> Row:
         samples=seconds,
         stable=samples.stable,
         waited=samples.waited,
+        energy_j=measured.joules[index] if measured.joules else None,
         details=measured.details[index] if measured.details else {},
     )
 

@@ -191,6 +191,7 @@ def _job(order: _Order, kernels: Kernels, programs: Sequence[str]) -> dict[str, 
         "build": kernels.build,
         "without": kernels.without,
         "peak_rss": spec.peak_rss,
+        "meter": "auto",
     }
 
 
@@ -213,7 +214,23 @@ def _rows(order: _Order, cell: Mapping[str, Any], message: Mapping[str, Any]) ->
         runtimes=tuple(message["runtimes"]),
         samples=samples,
         peaks=tuple(message["peaks"]),
-        details=tuple(message["details"]),
+        joules=tuple(_joules(found, cell["batch"]) for found in message["energies"]),
+        details=tuple(
+            {**message["state"], **_energy(energy), **details}
+            for energy, details in zip(message["energies"], message["details"], strict=True)
+        ),
     )
     condition = edge.Condition(batch=cell["batch"], threads=cell["threads"], seed=order.spec.seed)
     return edge.rows_of(condition, measured)
+
+
+def _joules(energy: Mapping[str, Any], batch: int) -> float | None:
+    """Return joules per sample above idle."""
+    return None if energy["joules_per_run"] is None else float(energy["joules_per_run"]) / batch
+
+
+def _energy(energy: Mapping[str, Any]) -> dict[str, object]:
+    """Return the meter with its watts, or why there is no energy."""
+    if energy["unavailable"]:
+        return {"energy": f"unavailable: {energy['unavailable']}"}
+    return {"meter": energy["meter"], "idle_w": energy["idle_w"], "mean_w": energy["mean_w"]}

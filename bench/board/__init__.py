@@ -1,1 +1,5 @@
-"""What a board runs to measure: Python 3.8, its standard library, numpy and a runtime; nothing of this package."""
+"""Readers that also run alone on a board: Python 3.8, copied together into one flat folder.
+
+The readers of state and energy need the standard library alone; sampling needs numpy, and what runs an artifact its
+runtime.
+"""

@@ -8,6 +8,7 @@ children when the host falls silent or closes the link.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import select
@@ -23,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
     from .. import environment
-    from . import peak, receive, runners, sampling
+    from . import peak, receive, runners, sampling, watch
 else:
     import environment
     import peak
     import receive
     import runners
     import sampling
+    import watch
 
 SILENCE = 30.0
 """Seconds without a beat of the host's heart, which comes every 5, after which it is taken to be gone."""
@@ -82,7 +84,7 @@ def run(job: dict[str, Any]) -> None:
     """Send the environment, then each cell: kept, or measured now."""
     found = environment.fingerprint()
     receive.say("environment", values=found)
-    mark = {"boot_id": receive.boot_id(), "mode": str(found["cpu"])}
+    mark = {"boot_id": receive.boot_id(), "mode": watch.clock_mode()}
     kept = _kept(job["cells"], mark)
     library, reason = _library(job) if len(kept) < len(job["cells"]) else ("", "")
     opened: tuple[int, list[Any]] = (-1, [])
@@ -137,9 +139,13 @@ def _measure(
     for artifact, found in zip(job["artifacts"], details):
         found.update({"kernels": kernels[1]} if kernels[1] and artifact["packed"] else {})
     calls = [_call(runner, fed) for runner, fed in zip(opened, feeds)]
-    samples = sampling.sample(calls, SimpleNamespace(**cell["limits"]))
+    device = "gpu" if job["artifacts"][0]["kind"] == "bundle" else "cpu"
+    with watch.Watch(device) as watched:
+        samples = sampling.sample(calls, SimpleNamespace(**cell["limits"]))
     return dict(
         samples,
+        energies=[dataclasses.asdict(found) for found in watch.energies(calls, job["meter"], device)],
+        state=watched.summary(),
         seconds=[array.tolist() for array in samples["seconds"]],
         runtimes=[runner.name for runner in opened],
         details=details,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -419,10 +420,10 @@ needs_kernels = pytest.mark.skipif(not native.available(), reason="kernels not b
 @needs_kernels
 def test_the_library_is_copied_to_a_like_machine(board: Loopback, tmp_path: Path) -> None:
     (row,) = remote.run([packed_file(tmp_path)], SHORT, BOARD).rows
-    assert (row.runtime, row.details) == ("onnxruntime with kernels", {})
+    assert (row.runtime, row.details.get("kernels")) == ("onnxruntime with kernels", None)
     assert [name for name in listing(board.cache) if name.endswith(".so")]
     (row,) = remote.run([packed_file(tmp_path)], replace(SHORT, kernels=False), BOARD).rows
-    assert (row.runtime, row.details) == ("onnxruntime without kernels", {})
+    assert (row.runtime, row.details.get("kernels")) == ("onnxruntime without kernels", None)
 
 
 def test_without_a_compiler_the_row_says_why(board: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +431,7 @@ def test_without_a_compiler_the_row_says_why(board: Loopback, tmp_path: Path, mo
     board.interpreter.write_text(board.interpreter.read_text().replace(":/usr/bin:/bin", ""))
     found = remote.run([packed_file(tmp_path)], SHORT, BOARD)
     reason = f"there is no C++ compiler on the board ({platform.machine()}) to build the kernels with"
-    assert (found.rows[0].runtime, found.rows[0].details) == ("onnxruntime without kernels", {"kernels": reason})
+    assert (found.rows[0].runtime, found.rows[0].details["kernels"]) == ("onnxruntime without kernels", reason)
     assert found.notes == (f"the portable bodies run, not the kernels: {reason}",)
 
 
@@ -462,7 +463,7 @@ def test_sources_are_built_on_another_machine(board: Loopback, tmp_path: Path, m
         folder = parcel.folder_name(parcel.artifacts([made], ["packed.onnx"], ""))
         shutil.copytree(objects, board.cache / folder / "build" / "kernels")
     (row,) = remote.run([made], SHORT, BOARD).rows
-    assert (row.runtime, row.details) == ("onnxruntime with kernels", {})
+    assert (row.runtime, row.details.get("kernels")) == ("onnxruntime with kernels", None)
     assert not {name for name in listing(board.cache) if name.endswith(".partial")}
 
 
@@ -523,6 +524,72 @@ def test_the_session_is_that_of_a_local_run() -> None:
     entries = [re.findall(r"add_session_config_entry\(.*?\)|severity_level = \d", text) for text in (here, there)]
     assert len(entries[0]) == 3
     assert sorted(entries[0]) == sorted(entries[1])
+
+
+# --- clocks and sensors of the board
+
+
+def sensors(board: Loopback, files: dict[str, object]) -> Path:
+    """Give the board a tree of sensors of its own."""
+    tree = board.folder / "sensors"
+    shutil.rmtree(tree, ignore_errors=True)
+    for name, value in files.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(f"{value}\n")
+    board.python(f'PAREDOWN_SENSORS_ROOT={tree} exec {sys.executable} "$@"')
+    return tree
+
+
+def test_sensor_missing(board: Loopback, nets: list[Path]) -> None:
+    sensors(board, {"sys/none": 0})
+    for row in remote.run(nets, SHORT, BOARD).rows:
+        assert row.energy_j is None
+        assert str(row.details["energy"]).startswith("unavailable: ")
+        assert row.details["drifted"] is False
+
+
+def test_clocks_drifted(board: Loopback, nets: list[Path]) -> None:
+    clock = "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
+    tree = sensors(board, {clock: 2_000_000, clock.replace("cur_freq", "governor"): "schedutil"})
+    throttle = threading.Timer(2.0, (tree / clock).write_text, ("1000000\n",))
+    spec = edge.Spec(min_seconds=1.5, warmup_seconds=0.05, peak_rss=False)
+    rows = run(nets, spec, "batch 1", throttle.start).rows
+    throttle.cancel()
+    for row in rows:
+        assert row.details["drifted"] is True
+        assert row.details["drift_reasons"] == ["the CPU clock moved by 100 % (1000 to 2000 MHz)"]
+
+
+@pytest.mark.slow
+def test_energy_is_measured_there(board: Loopback, nets: list[Path]) -> None:
+    """A counter that grows by 2 W, and by 7 W as soon as idle power was read."""
+    zone = "sys/class/powercap/intel-rapl:0"
+    tree = sensors(board, {f"{zone}/name": "package-0", f"{zone}/energy_uj": 0, f"{zone}/max_energy_range_uj": 10**12})
+    counter, joules, stop = tree / zone / "energy_uj", [0.0], threading.Event()
+    counter.with_name("new").write_text("0\n")
+    opened = [0.0]
+
+    def grow() -> None:
+        last = time.monotonic()
+        while not stop.wait(0.01):
+            now = time.monotonic()
+            busy = opened[0] and now - opened[0] > 3.5
+            joules[0] += (now - last) * (7 if busy else 2)
+            last = now
+            counter.with_name("new").write_text(f"{joules[0] * 1e6:.0f}\n")
+            counter.with_name("new").replace(counter)
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    try:
+        rows = run(nets, SHORT, "batch 1", lambda: opened.__setitem__(0, time.monotonic())).rows
+    finally:
+        stop.set()
+        thread.join()
+    for row in rows:
+        assert row.details["meter"] == "rapl"
+        assert row.energy_j is not None
+        assert row.energy_j > 0
 
 
 # --- the lock
