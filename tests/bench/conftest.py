@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paredown.bench import edge, measure
+from paredown.bench import measure, sessions
 from paredown.exporters.runner import RunnerOptions
 from paredown.optimizer.model import InputSpec
 
@@ -61,7 +61,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     def sample(calls: Sequence[measure.Call], spec: measure.Sampling) -> measure.Samples:
         return measure.sample(calls, spec, lambda: result.now)
 
-    monkeypatch.setattr(edge, "sample", sample)
+    monkeypatch.setattr(sessions, "sample", sample)
     return result
 
 
