@@ -22,7 +22,7 @@ from .rows import Progress, Row, artifact_names, check_artifacts, silent
 from .sessions import Cell, Fresh, Limits, Work, gather, joined
 from .watch import Watch, device_of
 
-MORE = 4
+MORE = 3
 """At most so many times `processes` are started while the interval is wider than `half_width`."""
 
 
@@ -32,10 +32,10 @@ class Spec:
 
     `dims` gives the sizes of named dimensions other than the batch, `inputs` a value for all elements of an input;
     `feeds` replaces random inputs by real ones. `min_seconds`, `min_count`, `max_seconds` and `warmup_seconds` are per
-    artifact, batch size and thread count, over all processes (the warm-up: three times what one process may take).
+    artifact, batch size and thread count, over the least number of processes.
 
     processes: how many fresh processes at least; more follow while a ratio's interval is wider than `half_width`
-    (relative), until `max_seconds`. fresh: "session" opens the files anew in this process instead, which leaves out the
+    (relative), for up to `extra_seconds` per artifact and batch size, and up to MORE times as many. fresh: "session" opens the files anew in this process instead, which leaves out the
     luck of a process. meter: see `board/energy.py`. state: output -> the input that it becomes in the next frame.
     frame_ms: duration of a frame, for the real-time factor; 0 for models without one.
     """
@@ -48,6 +48,7 @@ class Spec:
     warmup_seconds: float = 3.0
     processes: int = 6
     half_width: float = 0.02
+    extra_seconds: float = 5.0
     fresh: Fresh = "process"
     seed: int = field(default=0, metadata={"hidden": True})
     exact: bool = False
@@ -69,6 +70,7 @@ class Spec:
             raise RecipeError(f"processes={self.processes} is out of range", fix="use 1 or more")
         for name, value, good in (
             ("half_width", self.half_width, self.half_width > 0),
+            ("extra_seconds", self.extra_seconds, self.extra_seconds >= 0),
             ("frame_ms", self.frame_ms, self.frame_ms >= 0),
         ):
             if not good:
@@ -84,7 +86,7 @@ class Spec:
             min_count=math.ceil(self.min_count / self.processes),
             max_seconds=self.max_seconds / self.processes,
             min_rounds=math.ceil(Sampling().min_rounds / self.processes),
-            warmup_seconds=self.warmup_seconds / min(3, self.processes),
+            warmup_seconds=self.warmup_seconds / self.processes,
             seed=int(np.random.SeedSequence([self.seed, threads, batch]).generate_state(1)[0]),
         )
 
@@ -94,7 +96,7 @@ class Spec:
             least=self.processes,
             most=self.processes * (MORE if self.processes > 1 else 1),
             half_width=self.half_width,
-            max_seconds=self.max_seconds * artifacts * len(self.batch),
+            extra_seconds=self.extra_seconds * artifacts * len(self.batch),
         )
 
 

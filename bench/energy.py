@@ -41,7 +41,7 @@ def measure(calls: Sequence[Call], meter: str, device: Device, root: Path = Path
             ) from None
         return [energy.Energy(meter=None, unavailable=str(problem)) for _ in calls]
     try:
-        return energy.measure(calls, opened)
+        return energy.measure(calls, opened, energy.IDLE_SECONDS)
     finally:
         opened.close()
 

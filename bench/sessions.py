@@ -7,6 +7,7 @@ artifacts alternate (`measure.sample`); they are opened in random order, as who 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,22 +53,24 @@ class Work:
 class Limits:
     """When there are enough processes: at least `least`, until every ratio is known to `half_width` or time is up.
 
-    half_width: of the 95 % interval, relative. most: of processes. max_seconds: of all of them together.
+    half_width: of the 95 % interval, relative. most: of processes. extra_seconds: of all that follow the least.
     """
 
     least: int
     most: int
     half_width: float
-    max_seconds: float
+    extra_seconds: float
 
 
 def gather(work: Work, limits: Limits, fresh: Fresh, between: Callable[[], None]) -> list[tuple[Samples, ...]]:
     """Return, for each cell, what each process measured. `between` is called after each process."""
     once = _in_process if fresh == "process" else _in_session
     found: list[list[Samples]] = [[] for _ in work.cells]
-    start = time.monotonic()
+    end = math.inf
     for number in range(limits.most):
-        if number >= limits.least and (time.monotonic() - start >= limits.max_seconds or _known(found, limits)):
+        if number == limits.least:
+            end = time.monotonic() + limits.extra_seconds
+        if number >= limits.least and (time.monotonic() >= end or _known(found, limits)):
             break
         for cell, samples in zip(found, once(_numbered(work, number)), strict=True):
             cell.append(samples)

@@ -27,7 +27,7 @@ class FakeRunner:
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         batch = next(iter(feeds.values())).shape[0]
         self.world.now += self.seconds(batch) * np.exp(0.02 * self.world.rng.standard_normal())
-        self.world.feeds.append((self.name, feeds))
+        self.world.feeds.append((self.name, dict(feeds)))
         return {"y": np.zeros((batch, 10), np.float32)}
 
 
