@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ..optimizer import tree
 from ..optimizer.errors import InputError, RecipeError, nearest
 from . import compare, device, remote
 from .environment import fingerprint
 from .rows import Row
+
+if TYPE_CHECKING:
+    from ..optimizer.sections import BenchSpec
 
 SCENARIOS = ("edge",)
 """Each is a module of this folder: `Spec`, whose fields are its options, and `run(artifacts, spec, open, progress)`."""
@@ -103,6 +107,19 @@ def scenario(name: str, where: str) -> Any:
     return importlib.import_module(f"{__package__}.{name}")
 
 
+def recipe_spec(bench: BenchSpec, seed: int, where: str) -> Any:
+    """Return the scenario's Spec that a recipe's `bench` asks for; a key that it does not have is a RecipeError."""
+    module = scenario(bench.scenario, where)
+    known = tree.known_keys((module.Spec,))
+    names = known | tree.known_keys((type(bench),))
+    for name, child in bench.settings.items():
+        if name not in known:
+            raise child.error(f'there is no key "{name}"', nearest(name, names))
+    given = {name: tree.of_plain(getattr(bench, name), where) for name in ("batch", "threads") if name in known}
+    spec = tree.build(module.Spec, tree.Node(value={**given, **bench.settings}, where=where), "bench")
+    return replace(spec, seed=seed)
+
+
 def _spec(module: Any, request: Request) -> Any:
     known = {item.name for item in fields(module.Spec)}
     for name in request.settings:
@@ -115,8 +132,33 @@ def _spec(module: Any, request: Request) -> Any:
         dims=dict(_dim(text) for text in request.dims),
         seed=request.seed,
         kernels=not request.no_kernels,
-        **request.settings,
+        **{name: _setting(name, value) for name, value in request.settings.items()},
     )
+
+
+def _setting(name: str, value: Any) -> Any:
+    """Return a setting as its field holds it: pairs NAME=VALUE are a mapping."""
+    if name == "state":
+        return dict(_pair("--state", text) for text in value)
+    if name == "inputs":
+        return {key: _value(text) for key, text in (_pair("--input", text) for text in value)}
+    return value
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise RecipeError(f'"{text}" is not a pair', where=option, fix=f"write {option} NAME=VALUE")
+    return name, value
+
+
+def _value(text: str) -> int | float:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    raise RecipeError(f'"{text}" is not a number', where="--input", fix="write --input sr=16000")
 
 
 def _stepper(progress: Progress) -> Callable[[float, str], None]:

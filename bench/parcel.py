@@ -16,8 +16,9 @@ from ..exporters.runner import RunnerOptions
 from ..kernels import build, elf
 from ..optimizer.errors import InputError, RecipeError
 from . import environment
-from .edge import Spec
-from .feeds import Feeds, checked_feeds, random_feeds
+from .edge import Spec, feeds_of
+from .feeds import Feeds
+from .streaming import check_state
 
 BOARD = Path(__file__).with_name("board")
 BUNDLE = "bundle.json"
@@ -119,12 +120,10 @@ def inputs(artifact: Artifact, spec: Spec) -> dict[int, Item]:
     if artifact.kind == "bundle":
         return {batch: _archive(_example(artifact.local, batch)) for batch in spec.batch}
     runner = onnx.open(artifact.local, RunnerOptions(threads=1, kernels=False))
-    made = {
-        batch: random_feeds(runner, batch, spec.dims, spec.seed)
-        if spec.feeds is None
-        else checked_feeds(runner, batch, spec.feeds)
-        for batch in spec.batch
-    }
+    made = {batch: feeds_of(runner, spec, batch) for batch in spec.batch}
+    if spec.state:
+        feeds = made[spec.batch[0]]
+        check_state(runner.run(feeds), feeds, spec.state, artifact.name)
     return {batch: _archive(feeds) for batch, feeds in made.items()}
 
 

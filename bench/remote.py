@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +17,19 @@ from typing import Any
 
 import numpy as np
 
+from ..exporters import onnx
+from ..exporters.runner import RunnerOptions
 from ..optimizer.errors import Error, RuntimeMissingError
 from . import edge, parcel
+from .board.energy import Energy
 from .device import Device
 from .edge import Spec
 from .environment import fingerprint
 from .link import AGAIN, Link, LinkLost, open_link
-from .measure import Samples
+from .measure import Seconds
 from .parcel import Artifact, Board, Item, Kernels
 from .rows import Progress, Row, artifact_names, check_artifacts, silent
+from .sessions import Cell, Work, known_well, numbered, samples_of
 
 NEEDS = {"onnx": "onnxruntime", "bundle": "tensorrt"}
 FROM_HOST = ("git_commit", "git_dirty")
@@ -122,7 +127,7 @@ def _measured(link: Link, order: _Order, board: Board, progress: Progress) -> _D
     job = _job(order, kernels, [item.sha256() for item in programs])
     link.say(job)
     link.start_heart()
-    done = _Done()
+    done, pace = _Done(), _Pace(order.spec, len(order.artifacts))
     for message in link.messages():
         match message["kind"]:
             case "progress":
@@ -131,6 +136,8 @@ def _measured(link: Link, order: _Order, board: Board, progress: Progress) -> _D
                 order.notes.append(message["text"])
             case "environment":
                 done.environment.update(message["values"])
+            case "process":
+                pace.answer(link, message)
             case "cell":
                 done.cells.append((job["cells"][message["index"]], message))
             case "done":
@@ -138,6 +145,26 @@ def _measured(link: Link, order: _Order, board: Board, progress: Progress) -> _D
                 progress(1.0, "done")
                 return done
     raise link.failure()
+
+
+class _Pace:
+    """Says after each process whether the board is to start another one, by the rule of a local run."""
+
+    def __init__(self, spec: Spec, artifacts: int) -> None:
+        self._limits = dataclasses.replace(spec, batch=spec.batch[:1]).limits(artifacts)
+        self._seconds: list[list[Seconds]] = []
+        self._index, self._end = -1, 0.0
+
+    def answer(self, link: Link, message: Mapping[str, Any]) -> None:
+        """Take one more process of a cell into account, and answer where the board asks."""
+        if message["index"] != self._index:
+            self._index, self._seconds = message["index"], []
+        self._seconds.append([np.array(one) for one in message["seconds"]])
+        if len(self._seconds) == self._limits.least:
+            self._end = time.monotonic() + self._limits.extra_seconds
+        if self._limits.least <= len(self._seconds) < self._limits.most:
+            late = time.monotonic() >= self._end
+            link.say({"more": not (late or known_well(self._seconds, self._limits.half_width))})
 
 
 def _kernels(order: _Order, board: Board) -> Kernels:
@@ -172,26 +199,41 @@ def _job(order: _Order, kernels: Kernels, programs: Sequence[str]) -> dict[str, 
         {"name": a.name, "kind": a.kind, "path": a.path, "packed": a.packed, "exact": spec.exact, "plugin": ""}
         for a in order.artifacts
     ]
-    cells = []
-    for threads in spec.threads:
-        for batch in spec.batch:
-            cell = {
-                "threads": threads,
-                "batch": batch,
-                "limits": dataclasses.asdict(spec.sampling(threads, batch)),
-                "feeds": [feeds[batch].name for feeds in order.feeds],
-            }
-            known = json.dumps([cell, artifacts, kernels.library, spec.peak_rss, list(programs)], sort_keys=True)
-            label = f"batch {batch}, {threads or 'default'} thread{'s' * (threads != 1)}"
-            cells.append({**cell, "key": hashlib.sha256(known.encode()).hexdigest()[:20], "label": label})
-    return {
+    shared = {
         "artifacts": artifacts,
-        "cells": cells,
         "library": kernels.library,
-        "build": kernels.build,
-        "without": kernels.without,
         "peak_rss": spec.peak_rss,
-        "meter": "auto",
+        "meter": spec.meter,
+        "state": dict(spec.state),
+        "fresh": spec.fresh,
+        "least": spec.processes,
+    }
+    cells = [_cell(order, threads, batch) for threads in spec.threads for batch in spec.batch]
+    for cell in cells:
+        known = json.dumps([cell, shared, list(programs)], sort_keys=True)
+        cell["key"] = hashlib.sha256(known.encode()).hexdigest()[:20]
+    return {**shared, "cells": cells, "build": kernels.build, "without": kernels.without}
+
+
+def _cell(order: _Order, threads: int, batch: int) -> dict[str, Any]:
+    """Return one batch size and thread count, with the seeds of as many processes as there may be."""
+    spec = order.spec
+    sampling = spec.sampling(threads, batch)
+    alone = Work(
+        paths=(),
+        options=RunnerOptions(threads=threads),
+        open_=onnx.open,
+        cells=(Cell(feeds=(), sampling=sampling),),
+        seed=spec.seed,
+    )
+    works = [numbered(alone, number) for number in range(spec.limits(len(order.artifacts)).most)]
+    return {
+        "threads": threads,
+        "batch": batch,
+        "label": f"batch {batch}, {threads or 'default'} thread{'s' * (threads != 1)}",
+        "limits": dataclasses.asdict(sampling),
+        "seeds": [[work.seed, work.cells[0].sampling.seed] for work in works],
+        "feeds": [feeds[batch].name for feeds in order.feeds],
     }
 
 
@@ -203,34 +245,15 @@ def _environment(board: Mapping[str, object], notes: Sequence[str]) -> dict[str,
 
 
 def _rows(order: _Order, cell: Mapping[str, Any], message: Mapping[str, Any]) -> list[Row]:
-    samples = Samples(
-        seconds=tuple(np.array(rounds, dtype=np.float64) for rounds in message["seconds"]),
-        orders=tuple(tuple(turn) for turn in message["orders"]),
-        stable=message["stable"],
-        waited=message["waited"],
-    )
     measured = edge.Measured(
-        names=tuple(artifact.name for artifact in order.artifacts),
-        runtimes=tuple(message["runtimes"]),
-        samples=samples,
-        peaks=tuple(message["peaks"]),
-        joules=tuple(_joules(found, cell["batch"]) for found in message["energies"]),
-        details=tuple(
-            {**message["state"], **_energy(energy), **details}
-            for energy, details in zip(message["energies"], message["details"], strict=True)
-        ),
+        names=[artifact.name for artifact in order.artifacts],
+        runtimes=message["runtimes"],
+        batch=cell["batch"],
+        threads=cell["threads"],
+        clusters=tuple(samples_of(one) for one in message["clusters"]),
+        energies=[Energy(**{**one, "rails": tuple(one["rails"])}) for one in message["energies"]],
+        peaks=message["peaks"],
+        seen=message["seen"],
+        own=message["details"],
     )
-    condition = edge.Condition(batch=cell["batch"], threads=cell["threads"], seed=order.spec.seed)
-    return edge.rows_of(condition, measured)
-
-
-def _joules(energy: Mapping[str, Any], batch: int) -> float | None:
-    """Return joules per sample above idle."""
-    return None if energy["joules_per_run"] is None else float(energy["joules_per_run"]) / batch
-
-
-def _energy(energy: Mapping[str, Any]) -> dict[str, object]:
-    """Return the meter with its watts, or why there is no energy."""
-    if energy["unavailable"]:
-        return {"energy": f"unavailable: {energy['unavailable']}"}
-    return {"meter": energy["meter"], "idle_w": energy["idle_w"], "mean_w": energy["mean_w"]}
+    return edge.rows_of(order.spec, measured)

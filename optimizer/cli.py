@@ -206,12 +206,17 @@ def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
 @click.option("--threads", default="1", show_default=True, help="Thread counts, as in 1,2.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a named dimension.")
 @click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1]")
+@click.option("--processes", type=int, help="Least number of fresh processes.  [default: 6]")
+@click.option("--meter", help="Energy: auto, none, nvml, ina3221, tegrastats, rapl, or a module.  [default: auto]")
+@click.option("--frame-ms", type=float, help="Duration of a frame, for real-time factors.")
+@click.option("--state", multiple=True, metavar="OUTPUT=INPUT", help="Feed an output back in the next frame.")
+@click.option("--input", "inputs", multiple=True, metavar="NAME=VALUE", help="Fill an input with a value.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
 @click.option("--device", default="", metavar="ssh://USER@HOST", help="A board that measures, reached by ssh.")
 @click.option("--out", type=_PATH, help="Folder for bench.json, bench.csv, bench.html.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
-    """Time artifacts against the first of them, interleaved in one process."""
+    """Time artifacts against the first of them, in turn, in several fresh processes."""
     out = options["out"]
     if out is not None and (out.is_file() or not out.parent.is_dir()):
         what = f'"{out}" is a file' if out.is_file() else f'the folder "{out.parent}" does not exist'
@@ -220,7 +225,7 @@ def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
 
     names = ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out", "device")
     common = {name: options.pop(name) for name in names}
-    settings = {name: value for name, value in options.items() if value is not None}
+    settings = {name: value for name, value in options.items() if value not in (None, ())}
     command.run(command.Request(artifacts=artifacts, settings=settings, **common), _reporter())
 
 

@@ -106,7 +106,7 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("there is no file to measure", where=where, fix="write export: [onnx]")
     from ..bench import command
 
-    command.scenario(bench.scenario, where)
+    command.recipe_spec(bench, recipe.seed, where)
     if bench.runtime not in RUNTIMES:
         what = f'there is no runtime "{bench.runtime}" in this version'
         raise RuntimeMissingError(what, where=where, fix=nearest(bench.runtime, RUNTIMES))
@@ -300,7 +300,7 @@ class _Run:
         self.reporter.stage("benchmark")
         bench = self.recipe.bench
         scenario = command.scenario(bench.scenario, self.recipe.at("bench"))
-        spec = scenario.Spec(batch=bench.batch, threads=bench.threads, seed=self.recipe.seed)
+        spec = command.recipe_spec(bench, self.recipe.seed, self.recipe.at("bench"))
         progress = lambda share, text: self.reporter.update(share, 1, text)  # noqa: E731
         board = command.check_device(bench.device, bench.scenario, self.recipe.at("bench"))
         found = command.measure(scenario, [original, path], spec, board, progress)

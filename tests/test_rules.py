@@ -31,8 +31,8 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "onnx_ir": "onnx-i
 OPTIONAL = {"optimizer/recipes/digits.py": {"sklearn"}, "optimizer/huggingface.py": {"transformers"}}
 """Modules that an extra installs: the file imports them where it needs them, and says which extra is missing."""
 
-PIPE = "bench/peak.py"
-"""The child that measures memory reads its job from its parent's pipe, and prints the answer."""
+PIPE = "bench/child.py"
+"""A fresh process that measures reads its job from its parent's pipe."""
 
 REGISTRIES = (
     ("pypi", "org"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import queue
 import select
 import shutil
 import signal
@@ -19,18 +20,20 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
     from .. import environment
-    from . import peak, receive, runners, sampling, watch
+    from . import energy, peak, receive, runners, sampling, sensors, timing, watch
 else:
+    import energy
     import environment
     import peak
     import receive
     import runners
     import sampling
+    import sensors
+    import timing
     import watch
 
 SILENCE = 30.0
@@ -40,10 +43,11 @@ CELLS = Path("cells")
 
 def main() -> int:
     """Run the job on stdin; return the exit code."""
-    job, received = receive.read_line(), threading.Event()
-    threading.Thread(target=_watch, args=(received,), daemon=True).start()
+    job = receive.read_line()
+    answers: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=(answers,), daemon=True).start()
     try:
-        run(job)
+        run(job, answers)
     except runners.BoardError as error:
         receive.say("error", code=error.code, what=str(error), fix=error.fix)
         return error.code
@@ -54,23 +58,24 @@ def main() -> int:
         _tell_disk(error)
         return runners.FAILED
     receive.say("done")
-    if received.wait(SILENCE):
-        shutil.rmtree(str(CELLS), ignore_errors=True)
+    answers.get()
+    shutil.rmtree(str(CELLS), ignore_errors=True)
     return 0
 
 
-def _watch(received: threading.Event) -> None:
-    """End this process and what it started as soon as the host is gone."""
+def _listen(answers: queue.Queue[dict[str, Any]]) -> None:
+    """Pass on what the host says; end this process and what it started as soon as the host is gone."""
     said = b""
     while True:
         ready, _, _ = select.select([0], [], [], SILENCE)
         part = os.read(0, 4096) if ready else b""
         if not part:
             break
-        said = (said + part)[-64:]
-        if b"received" in said:
-            received.set()
-            return
+        *lines, said = (said + part).split(b"\n")
+        for message in (json.loads(line.decode()) for line in lines if line.strip()):
+            answers.put(message)
+            if message.get("received"):
+                return
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -80,22 +85,23 @@ def _tell_disk(error: OSError) -> None:
     receive.say("error", code=runners.FAILED, what=what, fix="free some space and run it again" if full else "")
 
 
-def run(job: dict[str, Any]) -> None:
+def run(job: dict[str, Any], answers: queue.Queue[dict[str, Any]]) -> None:
     """Send the environment, then each cell: kept, or measured now."""
-    found = environment.fingerprint()
-    receive.say("environment", values=found)
+    receive.say("environment", values=environment.fingerprint())
     mark = {"boot_id": receive.boot_id(), "mode": watch.clock_mode()}
     kept = _kept(job["cells"], mark)
     library, reason = _library(job) if len(kept) < len(job["cells"]) else ("", "")
-    opened: tuple[int, list[Any]] = (-1, [])
+    shared = {name: job[name] for name in ("artifacts", "state")}
     for index, cell in enumerate(job["cells"]):
         receive.say("progress", done=index / len(job["cells"]), text=cell["label"])
-        if cell["key"] not in kept:
-            if opened[0] != cell["threads"]:
-                opened = (cell["threads"], [runners.open_runner(a, cell["threads"], library) for a in job["artifacts"]])
-            kept[cell["key"]] = _measure(job, cell, opened[1], (library, reason))
-            _keep(cell["key"], dict(mark, cell=kept[cell["key"]]))
-        receive.say("cell", index=index, **kept[cell["key"]])
+        found = kept.get(cell["key"])
+        if found is None:
+            whole = {**shared, **cell, "library": library, "index": index}
+            found = _measure(job, whole, answers)
+            for artifact, details in zip(job["artifacts"], found["details"]):
+                details.update({"kernels": reason} if reason and artifact["packed"] else {})
+            _keep(cell["key"], dict(mark, cell=found))
+        receive.say("cell", index=index, **found)
 
 
 def _kept(cells: Sequence[dict[str, Any]], mark: dict[str, str]) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def _kept(cells: Sequence[dict[str, Any]], mark: dict[str, str]) -> dict[str, An
         else:
             found[cell["key"]] = known["cell"]
     if reasons:
-        _note(f"{reasons[0]} since an earlier run, so {len(reasons)} finished cells are measured again")
+        _note(f"{reasons[0]} since an earlier run, so finished cells are measured again ({len(reasons)})")
     if found:
         _note(f"{len(found)} of {len(cells)} cells were finished by an earlier run")
     return found
@@ -131,38 +137,62 @@ def _keep(key: str, content: dict[str, Any]) -> None:
             beside.unlink()
 
 
-def _measure(
-    job: dict[str, Any], cell: dict[str, Any], opened: Sequence[Any], kernels: tuple[str, str]
-) -> dict[str, Any]:
-    feeds = [peak.load_feeds(path) for path in cell["feeds"]]
-    details = [runner.details(fed) for runner, fed in zip(opened, feeds)]
-    for artifact, found in zip(job["artifacts"], details):
-        found.update({"kernels": kernels[1]} if kernels[1] and artifact["packed"] else {})
-    calls = [_call(runner, fed) for runner, fed in zip(opened, feeds)]
+def _measure(job: dict[str, Any], cell: dict[str, Any], answers: queue.Queue[dict[str, Any]]) -> dict[str, Any]:
+    """Return a cell: what each process timed, the state of the machine meanwhile, then energy and memory."""
     device = "gpu" if job["artifacts"][0]["kind"] == "bundle" else "cpu"
-    with watch.Watch(device) as watched:
-        samples = sampling.sample(calls, SimpleNamespace(**cell["limits"]))
-    return dict(
-        samples,
-        energies=[dataclasses.asdict(found) for found in watch.energies(calls, job["meter"], device)],
-        state=watched.summary(),
-        seconds=[array.tolist() for array in samples["seconds"]],
-        runtimes=[runner.name for runner in opened],
-        details=details,
-        peaks=[_peak(job, (cell, index), kernels[0]) for index in range(len(opened))],
-    )
+    with watch.Watch(device, watch.root()) as watched:
+        processes = _processes(job, cell, answers, watched)
+    keys = ("seconds", "orders", "stable", "waited")
+    return {
+        "clusters": [{key: one[key] for key in keys} for one in processes],
+        "runtimes": processes[0]["runtimes"],
+        "details": processes[0]["details"],
+        "seen": watched.summary(),
+        "energies": [dataclasses.asdict(one) for one in _energies(job, cell, device)],
+        "peaks": [_peak(job, cell, index) for index in range(len(job["artifacts"]))],
+    }
 
 
-def _call(runner: Any, feeds: dict[str, Any]) -> Any:
-    return lambda: runner.run(feeds)
+def _processes(
+    job: dict[str, Any], cell: dict[str, Any], answers: queue.Queue[dict[str, Any]], watched: watch.Watch
+) -> list[dict[str, Any]]:
+    """Measure in one process after another: at least so many, then for as long as the host wants more."""
+    once = timing.ask if job["fresh"] == "process" else timing.measure
+    found: list[dict[str, Any]] = []
+    for order_seed, seed in cell["seeds"]:
+        if len(found) >= job["least"] and not answers.get()["more"]:
+            break
+        found.append(once(dict(cell, order_seed=order_seed, limits=dict(cell["limits"], seed=seed))))
+        receive.say("process", index=cell["index"], seconds=found[-1]["seconds"])
+        watched.time_reference()
+    return found
 
 
-def _peak(job: dict[str, Any], place: Any, library: str) -> int | None:
-    cell, index = place
+def _energies(job: dict[str, Any], cell: dict[str, Any], device: str) -> list[energy.Energy]:
+    """Return the energy of each artifact; None with the reason where there is no meter, which `auto` may find."""
+    count = len(job["artifacts"])
+    if job["meter"] == "none":
+        return [energy.Energy(meter=None, unavailable="no meter was asked for")] * count
+    try:
+        opened = energy.open_meter(job["meter"], watch.root(), device)
+    except (sensors.Unavailable, ImportError) as problem:
+        if job["meter"] != "auto":
+            what = f"the meter {job['meter']} is not available on the board: {problem}"
+            raise runners.BoardError(runners.NO_RUNTIME, what, "use --meter auto, or none") from None
+        return [energy.Energy(meter=None, unavailable=str(problem))] * count
+    try:
+        found = [runners.open_runner(one, cell["threads"], cell["library"]) for one in job["artifacts"]]
+        feeds = [timing.load_feeds(path) for path in cell["feeds"]]
+        return energy.measure([sampling.frame(one, fed, job["state"]) for one, fed in zip(found, feeds)], opened)
+    finally:
+        opened.close()
+
+
+def _peak(job: dict[str, Any], cell: dict[str, Any], index: int) -> int | None:
     if not job["peak_rss"]:
         return None
-    artifact, feeds = job["artifacts"][index], cell["feeds"][index]
-    return peak.peak_rss_bytes({"artifact": artifact, "threads": cell["threads"], "library": library, "feeds": feeds})
+    of_all = {key: cell[key] for key in ("threads", "library")}
+    return peak.peak_rss_bytes(dict(of_all, artifact=job["artifacts"][index], feeds=cell["feeds"][index]))
 
 
 def _library(job: dict[str, Any]) -> tuple[str, str]:

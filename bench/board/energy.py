@@ -75,11 +75,7 @@ class Integrator:
 
     def joules(self) -> float:
         """Return joules up to now; Unavailable where the sensor has gone in the meantime."""
-        with self._lock:
-            self._step()
-            if self._problem:
-                raise sensors.Unavailable(self._problem)
-            return self._joules
+        return self._reading()[1]
 
     def close(self) -> None:
         """End the thread; the meter stays open."""
@@ -88,9 +84,18 @@ class Integrator:
 
     def window(self, work: Callable[[], None]) -> Window:
         """Return what was drawn while `work` ran."""
-        start, before = self._clock(), self.joules()
+        start, before = self._reading()
         work()
-        return Window(self.joules() - before, self._clock() - start)
+        end, after = self._reading()
+        return Window(after - before, end - start)
+
+    def _reading(self) -> tuple[float, float]:
+        """Return when the meter was read, now, and the joules up to then."""
+        with self._lock:
+            self._step()
+            if self._problem:
+                raise sensors.Unavailable(self._problem)
+            return self._last[0], self._joules
 
     def _follow(self) -> None:
         while not self._stop.wait(self._interval):

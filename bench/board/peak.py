@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
-    from . import runners
+    from . import runners, timing
 else:
     import runners
+    import timing
 
 SECONDS = 600
 
@@ -28,15 +29,9 @@ def peak_rss_bytes(job: dict[str, Any]) -> int | None:
     return int(found[1]) * 1024 if done.returncode == 0 and found else None
 
 
-def load_feeds(path: str) -> dict[str, Any]:
-    """Return the inputs that the host made."""
-    import numpy as np
-
-    with np.load(path) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
 if __name__ == "__main__":
     wanted = json.loads(sys.argv[1])
-    runners.open_runner(wanted["artifact"], wanted["threads"], wanted["library"]).run(load_feeds(wanted["feeds"]))
+    runners.open_runner(wanted["artifact"], wanted["threads"], wanted["library"]).run(
+        timing.load_feeds(wanted["feeds"])
+    )
     sys.stdout.write(Path("/proc/self/status").read_text())

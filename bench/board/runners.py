@@ -45,10 +45,11 @@ class Onnx:
             what = f"onnxruntime {runtime.__version__} on the board does not load {artifact['name']}: {_line(error)}"
             raise BoardError(FAILED, what, "install a newer onnxruntime there, or export it again") from error
         extra = (" with kernels" if library else " without kernels") if artifact["packed"] else ""
+        self._outputs = [value.name for value in self._session.get_outputs()]
         self.name, self._artifact = f"onnxruntime{extra}", artifact["name"]
 
-    def run(self, feeds: dict[str, Any]) -> object:
-        return self._session.run(None, feeds)
+    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._outputs, self._session.run(None, feeds)))  # noqa: B905
 
     def details(self, feeds: dict[str, Any]) -> dict[str, Any]:
         """Run once: what fails, fails before anything is timed."""

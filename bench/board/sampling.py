@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,20 @@ def sample(calls: Sequence[Call], limits: Any, clock: Clock = time.perf_counter)
         stable = _warm_up(calls, bursts, limits, clock)
         found = _measure(calls, bursts, limits, (rng, clock))
     return dict(found, stable=stable)
+
+
+def frame(runner: Any, feeds: Mapping[str, Any], state: Mapping[str, str]) -> Call:
+    """Return a call that runs one frame and keeps its state (output name -> input name) for the next."""
+    if not state:
+        return lambda: runner.run(feeds)
+    current = dict(feeds)
+
+    def run() -> None:
+        outputs = runner.run(current)
+        for output, name in state.items():
+            current[name] = outputs[output]
+
+    return run
 
 
 def settled(medians: Sequence[float], rounds: int, spread: float) -> bool:

@@ -43,8 +43,8 @@ from ..optimizer.tiny import edit, optimize, project
 from .loopback import Loopback, free_port, generate_key, loopback, program
 
 BOARD = Device(host="board")
-SHORT = edge.Spec(min_seconds=0.02, min_count=4, warmup_seconds=0.05, peak_rss=False)
-TWO_CELLS = edge.Spec(batch=(1, 4), min_seconds=0.2, warmup_seconds=0.05, peak_rss=False)
+SHORT = edge.Spec(min_seconds=0.02, min_count=4, warmup_seconds=0.05, processes=1, peak_rss=False)
+TWO_CELLS = edge.Spec(batch=(1, 4), min_seconds=0.3, warmup_seconds=0.05, processes=1, peak_rss=False)
 AGAIN = "run the same command again"
 
 
@@ -121,7 +121,7 @@ def listing(folder: Path) -> set[str]:
 
 def test_rows_are_those_of_a_local_run_with_the_boards_fingerprint(board: Loopback, nets: list[Path]) -> None:
     seen: list[str] = []
-    spec = edge.Spec(batch=(1, 4), threads=(1, 2), min_seconds=0.02, min_count=4, warmup_seconds=0.05)
+    spec = replace(SHORT, batch=(1, 4), threads=(1, 2), peak_rss=True)
     found = remote.run(nets, spec, BOARD, lambda _, text: seen.append(text))
     assert [(row.threads, row.batch, row.artifact) for row in found.rows] == [
         (threads, batch, name) for threads in (1, 2) for batch in (1, 4) for name in ("a.onnx", "b.onnx")
@@ -145,6 +145,33 @@ def test_rows_come_from_the_samples_by_the_code_of_a_local_run(board: Loopback, 
     assert row.waited is not None
 
 
+def test_several_processes_until_the_ratio_is_known(board: Loopback, nets: list[Path]) -> None:
+    """The host says when there are enough: here at once, then never, so that the most are started."""
+    loose = replace(SHORT, processes=3, half_width=100.0)
+    rows = remote.run(nets, loose, BOARD).rows
+    assert {row.details["processes"] for row in rows} == {3}
+    assert rows[1].ratio_ci95 is not None
+    assert rows[1].details["interval"] == "over fresh processes"
+    rows = remote.run(nets, replace(SHORT, processes=2, half_width=1e-9, fresh="session"), BOARD).rows
+    assert {row.details["processes"] for row in rows} == {2 * edge.MORE}
+
+
+def test_a_stream_keeps_its_state_and_has_a_real_time_factor(board: Loopback, tmp_path: Path) -> None:
+    onnx.save(net(64), tmp_path / "frame.onnx")
+    spec = replace(SHORT, state={"y": "x"}, frame_ms=10.0)
+    (row,) = remote.run([tmp_path / "frame.onnx"], spec, BOARD).rows
+    assert row.details["real_time_factor_p50"] == pytest.approx(row.latency_ms_p50 / 10)
+    with pytest.raises(RecipeError, match='the model has no output "z"'):
+        remote.run([tmp_path / "frame.onnx"], replace(spec, state={"z": "x"}), BOARD)
+
+
+def test_a_meter_that_was_named_must_be_there(board: Loopback, nets: list[Path]) -> None:
+    sensors(board, {"sys/none": 0})
+    error = failure(nets, replace(SHORT, meter="rapl"))
+    what = "the meter rapl is not available on the board: the kernel shows no RAPL package"
+    assert (error.exit_code, error.what, error.fix) == (7, what, "use --meter auto, or none")
+
+
 def test_only_files_that_differ_are_copied(board: Loopback, nets: list[Path]) -> None:
     remote.run(nets, SHORT, BOARD)
     (kept,) = board.cache.rglob("a.onnx")
@@ -160,7 +187,7 @@ def test_only_files_that_differ_are_copied(board: Loopback, nets: list[Path]) ->
 def test_the_command_writes_the_boards_environment(
     board: Loopback, nets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--device", "ssh://board", "--min-seconds", "0.02", "--out", str(tmp_path / "out"))
+    options = ("--device", "ssh://board", "--min-seconds", "0.02", "--processes", "1", "--out", str(tmp_path / "out"))
     done = optimize(monkeypatch, "bench", *map(str, nets), *options)
     assert (done.code, done.error) == (0, [])
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
@@ -172,7 +199,8 @@ def test_the_command_writes_the_boards_environment(
 def test_a_recipe_names_a_board(board: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The board measures; where it cannot, that is said before the steps take time."""
     monkeypatch.chdir(tmp_path)
-    edit(project(tmp_path) / "recipe.yaml", "export: [onnx]", "export: [onnx]\nbench: {device: 'ssh://board'}")
+    bench = "export: [onnx]\nbench: {device: 'ssh://board', processes: 1}"
+    edit(project(tmp_path) / "recipe.yaml", "export: [onnx]", bench)
     done = optimize(monkeypatch, "run", "recipe.yaml", "--out", "small")
     assert (done.code, done.error) == (0, [])
     report = json.loads((tmp_path / "small" / "report.json").read_text())
@@ -307,7 +335,7 @@ def test_board_rebooted(board: Loopback, nets: list[Path]) -> None:
     assert (error.exit_code, error.what) == (7, "the board was rebooted during the measurement")
     assert error.fix == f"{AGAIN}: what was copied is kept, finished cells are measured again"
     found = remote.run(nets, TWO_CELLS, BOARD)
-    assert found.notes == ("the board was rebooted since an earlier run, so 1 finished cells are measured again",)
+    assert found.notes == ("the board was rebooted since an earlier run, so finished cells are measured again (1)",)
 
 
 def test_board_gone(board: Loopback, nets: list[Path]) -> None:
@@ -323,6 +351,17 @@ def test_board_gone(board: Loopback, nets: list[Path]) -> None:
     says = "the link to the board broke, and the board cannot be reached: it refuses connections"
     assert error.what == says
     assert AGAIN in error.fix
+
+
+def test_measuring_process_killed(board: Loopback, nets: list[Path]) -> None:
+    def kill() -> None:
+        while not (found := [one for one in board.running() if any("timing.py" in word for word in one.cmdline())]):
+            time.sleep(0.01)
+        found[0].kill()
+
+    error = failure(nets, TWO_CELLS, "batch 4", kill)
+    assert (error.exit_code, error.fix) == (6, "its memory may be short: stop other programs")
+    assert error.what == "the process that measures stopped on the board: it ended with status -9"
 
 
 def test_killed(board: Loopback, nets: list[Path]) -> None:
@@ -349,7 +388,7 @@ def test_clock_mode_changed(board: Loopback, nets: list[Path]) -> None:
     cell.write_text(json.dumps(json.loads(cell.read_text()) | {"mode": "powersave"}))
     assert board.wait_until_idle() == []
     found = remote.run(nets, TWO_CELLS, BOARD)
-    assert found.notes == ("the clock mode was changed since an earlier run, so 1 finished cells are measured again",)
+    assert found.notes == ("the clock mode was changed since an earlier run, so finished cells are measured again (1)",)
 
 
 @pytest.mark.slow
@@ -551,7 +590,7 @@ def test_clocks_drifted(board: Loopback, nets: list[Path]) -> None:
     clock = "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
     tree = sensors(board, {clock: 2_000_000, clock.replace("cur_freq", "governor"): "schedutil"})
     throttle = threading.Timer(2.0, (tree / clock).write_text, ("1000000\n",))
-    spec = edge.Spec(min_seconds=1.5, warmup_seconds=0.05, peak_rss=False)
+    spec = edge.Spec(min_seconds=1.5, warmup_seconds=0.05, processes=1, peak_rss=False)
     rows = run(nets, spec, "batch 1", throttle.start).rows
     throttle.cancel()
     for row in rows:

@@ -476,6 +476,16 @@ RECIPES = {
         code=7,
         says='recipe.yaml:7: there is no runtime "tensorrt" in this version; use one of onnxruntime',
     ),
+    "unknown key of a scenario": Case(
+        prepare=(recipe("export: [onnx]", "export: [onnx]\nbench:\n  batch: [1]\n  metr: rapl"),),
+        code=2,
+        says='recipe.yaml:9: there is no key "metr"; did you mean "meter"?',
+    ),
+    "value of a scenario's key": Case(
+        prepare=(recipe("export: [onnx]", "export: [onnx]\nbench: {frame_ms: soon}"),),
+        code=2,
+        says="recipe.yaml:7: frame_ms must be a number, got 'soon'",
+    ),
     "no address of a device": Case(
         prepare=(recipe("export: [onnx]", "export: [onnx]\nbench: {device: me@board}"),),
         code=2,
