@@ -35,9 +35,10 @@ class Spec:
     artifact, batch size and thread count, over the least number of processes.
 
     processes: how many fresh processes at least; more follow while a ratio's interval is wider than `half_width`
-    (relative), for up to `extra_seconds` per artifact and batch size, and up to MORE times as many. fresh: "session" opens the files anew in this process instead, which leaves out the
-    luck of a process. meter: see `board/energy.py`. state: output -> the input that it becomes in the next frame.
-    frame_ms: duration of a frame, for the real-time factor; 0 for models without one.
+    (relative), for up to `extra_seconds` per artifact and batch size, and up to MORE times as many. fresh: "session"
+    opens the files anew in this process instead, which leaves out the luck of a process. meter: see `board/energy.py`.
+    state: output -> the input that it becomes in the next frame. frame_ms: duration of a frame, for the real-time
+    factor; 0 for models without one.
     """
 
     batch: tuple[int, ...] = (1,)
