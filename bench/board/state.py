@@ -30,8 +30,8 @@ PARTS = 4
 """A measurement is cut into at most so many consecutive parts, of three readings or more where there are six: the
 median of three passes over a single disturbed reading."""
 REFERENCE_ITERATIONS, REFERENCE_TIMES = 2000, 20
-"""Iterations of PBKDF2 with SHA-256, 0.45 ms on an AMD EPYC, and how often: the best of 20 was disturbed less often
-than the best of 5, which moved by 13 to 37 % on an idle virtual machine."""
+"""Iterations of PBKDF2 with SHA-256, 0.45 ms on an AMD EPYC, and how often, of which the best counts: of five, it moved
+by 13 and 37 % on a virtual machine that seemed idle."""
 GPUS = ("gpu", "ga10b", "gv11b", "gp10b", "gm20b", "gb10b")
 """What the kernel of Jetson calls its GPUs, after an address."""
 NO_THROTTLE = ("fan", "tcc", "backlight")
