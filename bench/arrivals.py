@@ -6,6 +6,7 @@ the generator cannot hide it (coordinated omission).
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +24,15 @@ from .measure import Clock, Seconds
 class Load:
     """One run. latencies: seconds by request, in order of arrival; the mean number inside is the queue's own count.
 
-    overloaded: the generator gave up because answers fell ever further behind; its latencies are those until then.
-    lag: seconds by which each request was sent later than it was due.
+    stopped: the generator gave up (`Stop`); its latencies are those until then. lag: seconds by which each request was
+    sent later than it was due, which is part of its latency.
     """
 
     latencies: Seconds
     seconds: float
     inside: float
     errors: int
-    overloaded: bool = False
+    stopped: bool = False
     lag: Seconds = field(default_factory=lambda: np.zeros(0))
 
     @property
@@ -39,9 +40,20 @@ class Load:
         return len(self.latencies) / self.seconds
 
     def little(self) -> float:
-        """Return lambda W over L (Little 1961): 1 but for what is measured wrong. Arrivals and latencies are the
-        generator's, L is the queue's."""
-        return float(self.latencies.sum()) / self.seconds / self.inside
+        """Return lambda W over L (Little 1961): 1 but for what is measured wrong.
+
+        Arrivals and W, here without the lag, are the generator's; L is the queue's.
+        """
+        return float(self.latencies.sum() - self.lag.sum()) / self.seconds / self.inside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """When an open loop gives up: more than `inside` requests wait, or more than `late` took over `bound` seconds."""
+
+    inside: int = 1_000_000
+    bound: float = math.inf
+    late: int = 0
 
 
 def poisson(rate: float, count: int, rng: np.random.Generator) -> Seconds:
@@ -54,13 +66,13 @@ def open_loop(
     batcher: Batcher,
     pool: Sequence[Feeds],
     due: Seconds,
-    limit: int,
+    stop: Stop,
     wait: tuple[Clock, Callable[[float], None]] = (time.perf_counter, time.sleep),
 ) -> Load:
-    """Send requests when they are due and wait for all answers; give up once more than `limit` are inside."""
+    """Send requests when they are due and wait for all answers; give up where `stop` says so."""
     clock, sleep = wait
-    tally = _Tally(len(due))
     area, start = batcher.occupancy()
+    tally = _Tally(start + due, stop.bound)
     sent = np.empty(len(due))
     count = 0
     for count, at in enumerate(due, 1):
@@ -68,7 +80,7 @@ def open_loop(
             sleep(left)
         sent[count - 1] = clock() - start
         batcher.submit([Request(feeds=pool[count % len(pool)], done=tally.done(count - 1))])
-        if count - tally.count > limit:
+        if count - tally.count > stop.inside or tally.late > stop.late:
             break
     tally.wait(count)
     after, end = batcher.occupancy()
@@ -77,7 +89,7 @@ def open_loop(
         seconds=end - start,
         inside=(after - area) / (end - start),
         errors=tally.errors,
-        overloaded=count < len(due),
+        stopped=count < len(due),
         lag=sent[:count] - due[:count],
     )
 
@@ -111,9 +123,10 @@ def closed_loop(batcher: Batcher, pool: Sequence[Feeds], clients: int, seconds: 
 class _Tally:
     """When each request finished, written by the workers."""
 
-    def __init__(self, count: int) -> None:
-        self.finished = np.full(count, np.nan)
-        self.count = self.errors = 0
+    def __init__(self, due: Seconds, bound: float) -> None:
+        self.finished = np.full(len(due), np.nan)
+        self.count = self.errors = self.late = 0
+        self._due, self._bound = due, bound
         self._changed = threading.Condition()
 
     def done(self, index: int) -> Callable[[Answer], None]:
@@ -121,6 +134,7 @@ class _Tally:
             with self._changed:
                 self.finished[index] = answer.finished
                 self.errors += answer.error is not None
+                self.late += bool(answer.finished - self._due[index] > self._bound)
                 self.count += 1
                 self._changed.notify()
 

@@ -120,7 +120,7 @@ class Batcher:
         clock: Clock = time.perf_counter,
     ) -> None:
         self.policy = policy
-        self._runner, self.clock = runner, clock
+        self.runner, self.clock = runner, clock
         self._inputs, self._outputs = batch_axes(runner, dims or {}) if policy.max_batch > 1 else ({}, {})
         self._state = _State(occupancy=_Occupancy(since=clock()))
         lock = threading.Lock()
@@ -234,7 +234,7 @@ class Batcher:
 
     def _outputs_of(self, batch: Sequence[_Waiting]) -> tuple[list[Feeds], Exception | None]:
         try:
-            outputs = self._runner.run(_joined([item.request.feeds for item in batch], self._inputs))
+            outputs = self.runner.run(_joined([item.request.feeds for item in batch], self._inputs))
             return _parted(outputs, [item.samples for item in batch], self._outputs), None
         except Exception as error:  # it belongs to the requests, not to this thread
             return [{} for _ in batch], error

@@ -13,7 +13,9 @@ from . import compare
 from .environment import fingerprint
 from .rows import Row
 
-SCENARIOS = ("edge",)
+SCENARIOS = ("edge", "singlestream", "multistream", "server", "offline", "stages")
+LISTS = ("concurrency",)
+"""Options that are lists of whole numbers."""
 """Each is a module of this folder: `Spec`, whose fields are its options, and `run(artifacts, spec, open, progress)`."""
 
 
@@ -51,13 +53,16 @@ def run(request: Request, progress: Progress) -> list[Row]:
 
     from ..exporters import onnx
 
-    module = scenario(request.scenario, "--scenario")
+    names = request.scenario.split(",")
+    modules = {name: scenario(name, "--scenario") for name in names}
     for path in request.artifacts:
         if path.suffix != onnx.suffix:
             raise InputError("is not an ONNX file", where=str(path), fix="name .onnx files, the original first")
-    spec = _spec(module, request)
+    specs = {name: _spec(module, request) for name, module in modules.items()}
     progress.stage("benchmark")
-    rows: list[Row] = module.run(request.artifacts, spec, onnx.open, _stepper(progress))
+    rows: list[Row] = []
+    for name, module in modules.items():
+        rows += module.run(request.artifacts, specs[name], onnx.open, _stepper(progress))
     progress.close()
     compare.show(rows, Console())
     if request.out is not None:
@@ -76,17 +81,20 @@ def scenario(name: str, where: str) -> Any:
 
 def _spec(module: Any, request: Request) -> Any:
     known = {item.name for item in fields(module.Spec)}
-    for name in request.settings:
+    settings = {key: _numbers(f"--{key}", value) if key in LISTS else value for key, value in request.settings.items()}
+    for name in settings:
         if name not in known:
-            option = "--" + name.replace("_", "-")
-            raise RecipeError(f"the scenario {request.scenario} has no {option}", where=option, fix="leave it out")
+            option, scenario = "--" + name.replace("_", "-"), module.__name__.rpartition(".")[2]
+            raise RecipeError(f"the scenario {scenario} has no {option}", where=option, fix="leave it out")
+    if request.out is not None and "logs" in known:
+        settings["logs"] = request.out / "loadgen"
     return module.Spec(
         batch=_numbers("--batch", request.batch),
         threads=_numbers("--threads", request.threads),
         dims=dict(_dim(text) for text in request.dims),
         seed=request.seed,
         kernels=not request.no_kernels,
-        **request.settings,
+        **settings,
     )
 
 

@@ -50,7 +50,10 @@ class Test:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
-    """What LoadGen says, and seconds of every sample as the queue saw them, in the order of completion."""
+    """What LoadGen says, and what the queue saw of every sample, in the order of completion.
+
+    seconds: how long each was inside; finished: when it left, on the queue's clock.
+    """
 
     valid: bool
     reason: str
@@ -59,6 +62,7 @@ class Result:
     throughput_per_s: float
     log: Mapping[str, object] = field(repr=False)
     seconds: tuple[float, ...] = field(repr=False)
+    finished: tuple[float, ...] = field(repr=False)
 
 
 def module() -> Any:
@@ -85,7 +89,7 @@ def run(test: Test, batcher: Batcher, pool: Sequence[Feeds], logs: Path | None =
             raise ExportError(f"the artifact failed under load: {system.errors[0]}", where=test.kind)
         detail = _detail((folder / "mlperf_log_detail.txt").read_text(encoding="utf-8"))
         summary = (folder / "mlperf_log_summary.txt").read_text(encoding="utf-8")
-    return _result(test, detail, summary, tuple(system.seconds))
+    return _result(test, detail, summary, system)
 
 
 class _System:
@@ -93,7 +97,7 @@ class _System:
 
     def __init__(self, batcher: Batcher, pool: Sequence[Feeds]) -> None:
         self._lg, self._batcher, self._pool = module(), batcher, pool
-        self.errors, self.seconds = list[Exception](), list[float]()
+        self.errors, self.seconds, self.finished = list[Exception](), list[float](), list[float]()
 
     def issue(self, samples: Sequence[Any]) -> None:
         try:
@@ -107,6 +111,7 @@ class _System:
             if answer.error is not None:
                 self.errors.append(answer.error)
             self.seconds.append(answer.finished - answer.submitted)
+            self.finished.append(answer.finished)
             self._lg.QuerySamplesComplete([self._lg.QuerySampleResponse(identity, 0, 0)])
 
         return note
@@ -152,7 +157,7 @@ def _detail(text: str) -> dict[str, object]:
     return found
 
 
-def _result(test: Test, log: Mapping[str, Any], summary: str, seconds: tuple[float, ...]) -> Result:
+def _result(test: Test, log: Mapping[str, Any], summary: str, system: _System) -> Result:
     if "result_validity" not in log:
         raise ExportError("LoadGen wrote no result", where=test.kind, fix="keep its logs with --out and read them")
     middle = "_per_query" if test.kind == "MultiStream" else ""
@@ -168,7 +173,8 @@ def _result(test: Test, log: Mapping[str, Any], summary: str, seconds: tuple[flo
         latency_ms=latency,
         throughput_per_s=throughput,
         log=details,
-        seconds=seconds,
+        seconds=tuple(system.seconds),
+        finished=tuple(system.finished),
     )
 
 

@@ -1,14 +1,14 @@
 """What the LoadGen scenarios share: options, a queue per artifact, calibration by a probe, and rows.
 
-The samples that LoadGen sends are single (batch 1 of the file); batches form in the queue (`batching.py`), whose hand-over
-between threads is part of every latency. Artifacts are tested one after the other, each for the whole time that a run of
-valid length takes, so drift of the machine between two tests is not in the interval of their ratio.
+The samples that LoadGen sends are single (batch 1 of the file); batches form in the queue (`batching.py`), whose
+hand-over between threads is part of every latency. Artifacts are tested one after the other, each for the whole time
+that a run of valid length takes, so drift of the machine between two tests is not in the interval of their ratio.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,17 +120,23 @@ def run(test: loadgen.Test, policy: Policy, job: tuple[Sequence[Path], Spec, Ope
         for path in artifacts:
             done = len(rows) + len(trials)
             progress(done / len(artifacts) / len(spec.threads), f"{test.kind.lower()} {path.name}")
-            trials.append(_trial(test, opened(path, spec, open_, threads, policy), spec))
+            system = opened(path, spec, open_, threads, policy)
+            with system.batcher:
+                chosen = calibrated(test, system, spec)
+                trials.append(tested(system, chosen, spec))
         rows += rows_of(trials, spec, open_)
     progress(1.0, "done")
     return rows
 
 
-def _trial(test: loadgen.Test, system: System, spec: Spec) -> Trial:
-    with system.batcher:
-        chosen = calibrated(test, system, spec)
-        result = loadgen.run(chosen, system.batcher, system.pool, log_folder(spec, test.kind, system))
-    return Trial(system=system, test=chosen, result=result)
+def tested(system: System, test: loadgen.Test, spec: Spec) -> Trial:
+    """Run one LoadGen test."""
+    logs = None if spec.logs is None else spec.logs / f"{test.kind.lower()}-{label(system)}"
+    return Trial(system=system, test=test, result=loadgen.run(test, system.batcher, system.pool, logs))
+
+
+def label(system: System) -> str:
+    return f"{system.path.parent.name}-{system.path.stem}-{system.threads}"
 
 
 def calibrated(test: loadgen.Test, system: System, spec: Spec) -> loadgen.Test:
@@ -138,8 +144,6 @@ def calibrated(test: loadgen.Test, system: System, spec: Spec) -> loadgen.Test:
 
     Latency at half of the fastest query, rate at 1.5 times what a full queue does: LoadGen ends early otherwise.
     """
-    from dataclasses import replace
-
     clients = test.samples_per_query if test.kind != "Offline" else 4 * spec.max_batch * spec.workers
     probe = probed(system, clients, spec.probe_seconds)
     return replace(
@@ -157,12 +161,6 @@ def probed(system: System, clients: int, seconds: float) -> arrivals.Load:
     clock = system.batcher.clock
     arrivals.closed_loop(system.batcher, system.pool, clients, seconds / 2, clock)
     return arrivals.closed_loop(system.batcher, system.pool, clients, seconds, clock)
-
-
-def log_folder(spec: Spec, kind: str, system: System) -> Path | None:
-    if spec.logs is None:
-        return None
-    return spec.logs / f"{kind.lower()}-{system.path.parent.name}-{system.path.stem}-{system.threads}"
 
 
 def rows_of(trials: Sequence[Trial], spec: Spec, open_: Open) -> list[Row]:
@@ -201,17 +199,38 @@ def _details(trial: Trial, baseline: Trial, name: str) -> dict[str, object]:
     ratio = result.throughput_per_s / baseline.result.throughput_per_s
     return {
         "valid": result.valid,
-        "invalid_reason": result.reason,
+        "invalid_because": result.reason,
         "valid_length": test.full_length,
         "loadgen_version": result.version,
         "samples_per_query": test.samples_per_query if test.kind == "MultiStream" else 1,
         "scheduled_rate_per_s": test.rate_per_s if test.kind == "Server" else None,
-        "throughput_ratio_to_baseline": ratio,
+        **_rated(trial, baseline, ratio),
         "settings": _settings(trial),
         "loadgen": dict(result.log),
         **trial.details,
         "summary": _summary(trial, name, ratio),
     }
+
+
+def _rated(trial: Trial, baseline: Trial, ratio: float) -> dict[str, object]:
+    """Return the ratio of throughputs where that is what the scenario measures; Server finds its interval itself."""
+    if trial.test.kind == "Offline":
+        return {"throughput_ratio_to_baseline": ratio, "throughput_ratio_ci95": _offline_interval(trial, baseline)}
+    return {"throughput_ratio_to_baseline": ratio} if trial.test.kind == "Server" else {}
+
+
+def _offline_interval(trial: Trial, baseline: Trial) -> tuple[float, float] | None:
+    own, first = _paces(trial.result), _paces(baseline.result)
+    if len(own) != len(first):
+        return None
+    found = intervals.ratio_interval(own, first, np.random.default_rng(trial.test.seed))
+    return None if found is None else (1 / found[1], 1 / found[0])
+
+
+def _paces(result: loadgen.Result) -> Seconds:
+    """Return the seconds per sample of ROUNDS consecutive parts of a run, [rounds, 1]."""
+    ends = np.array(result.finished)[:: max(1, len(result.finished) // ROUNDS)]
+    return np.diff(ends)[:, None] / max(1, len(result.finished) // ROUNDS)
 
 
 def _settings(trial: Trial) -> dict[str, object]:
@@ -233,7 +252,7 @@ def _summary(trial: Trial, name: str, ratio: float) -> str:
     if not test.full_length:
         word += f", but not a run of valid length ({loadgen.FULL_SECONDS:.0f} s and {loadgen.FULL_QUERIES:,} queries)"
     bound = f", p99 {result.latency_ms[99]:.2f} of {test.p99_ms:g} ms" if test.kind == "Server" else ""
-    rate = f"{result.throughput_per_s:,.1f} samples/s{bound}, {ratio:.2f}x the first"
+    rate = f"{result.throughput_per_s:,.1f} samples/s{bound}, {ratio:.2f} times the first's"
     return f"{name}, LoadGen {test.kind}: {rate}; {word}."
 
 

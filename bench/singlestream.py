@@ -14,7 +14,5 @@ from .rows import Progress, Row, silent
 
 def run(artifacts: Sequence[Path], spec: Spec, open_: Open, progress: Progress = silent) -> list[Row]:
     """Return a row per thread count and artifact."""
-    test = loadgen.Test(
-        kind="SingleStream", min_seconds=spec.min_seconds, min_queries=spec.min_queries, seed=spec.seed
-    )
+    test = loadgen.Test(kind="SingleStream", min_seconds=spec.min_seconds, min_queries=spec.min_queries, seed=spec.seed)
     return mlperf.run(test, Policy(), (artifacts, spec, open_, progress))
