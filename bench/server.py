@@ -152,7 +152,8 @@ class Probe:
         bound = 1e-3 * spec.p99_ms
         stop = arrivals.Stop(inside=max(50, int(10 * rate * bound)), bound=bound, late=count // 100)
         load = arrivals.open_loop(system.batcher, system.pool, due, stop)
-        return not load.stopped and not load.errors and np.count_nonzero(load.latencies > bound) <= stop.late
+        late = int(np.count_nonzero(load.latencies > bound))
+        return not load.stopped and not load.errors and late <= stop.late
 
 
 def _given(rate: float) -> Bracket:
@@ -194,7 +195,7 @@ def level(system: System, clients: int, seconds: float) -> dict[str, object]:
         "latency_ms_p99": p99,
         "mean_inside": load.inside,
         "little_ratio": load.little(),
-        "little_within_5_percent": abs(load.little() - 1) <= 0.05,
+        "little_within_5_percent": bool(abs(load.little() - 1) <= 0.05),
     }
 
 

@@ -25,7 +25,7 @@ from .rows import Progress, Row, artifact_names, check_artifacts, silent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """pipeline: "path.py:function", relative to the current folder, or a Pipeline. batch stays 1: one item at a time."""
+    """pipeline: "path.py:function", relative to the current folder, or a Pipeline. batch stays 1: an item at a time."""
 
     batch: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
@@ -149,6 +149,6 @@ def _details(name: str, stages: Mapping[str, float], end_to_end: float) -> dict[
     return {
         "dominant_stage": slowest,
         "stage_sum_to_end_to_end": share,
-        "stage_sum_within_10_percent": abs(share - 1) <= 0.1,
+        "stage_sum_within_10_percent": bool(abs(share - 1) <= 0.1),
         "summary": f"{name}, median ms: {shown}; most in {slowest}; sum {100 * share:.0f} % of end to end.",
     }
