@@ -17,7 +17,9 @@ from .rows import Row
 if TYPE_CHECKING:
     from ..optimizer.sections import BenchSpec
 
-SCENARIOS = ("edge",)
+SCENARIOS = ("edge", "singlestream", "multistream", "server", "offline", "stages")
+LISTS = ("concurrency",)
+"""Options that are lists of whole numbers."""
 """Each is a module of this folder: `Spec`, whose fields are its options, and `run(artifacts, spec, open, progress)`."""
 
 
@@ -55,11 +57,14 @@ def run(request: Request, progress: Progress) -> list[Row]:
     """Measure the artifacts, print a table, write bench.json and bench.csv where `out` says."""
     from rich.console import Console
 
-    module = scenario(request.scenario, "--scenario")
-    spec = _spec(module, request)
+    modules = {name: scenario(name, "--scenario") for name in request.scenario.split(",")}
+    specs = {name: _spec(module, request) for name, module in modules.items()}
     board = check_device(request.device, request.scenario, "--device")
     progress.stage("benchmark")
-    found = measure(module, request.artifacts, spec, board, _stepper(progress))
+    parts = [
+        measure(module, request.artifacts, specs[name], board, _stepper(progress)) for name, module in modules.items()
+    ]
+    found = replace(parts[0], rows=[row for part in parts for row in part.rows])
     progress.close()
     console = Console()
     for note in found.notes:
@@ -122,22 +127,27 @@ def recipe_spec(bench: BenchSpec, seed: int, where: str) -> Any:
 
 def _spec(module: Any, request: Request) -> Any:
     known = {item.name for item in fields(module.Spec)}
-    for name in request.settings:
+    settings = {name: _setting(name, value) for name, value in request.settings.items()}
+    for name in settings:
         if name not in known:
-            option = "--" + name.replace("_", "-")
-            raise RecipeError(f"the scenario {request.scenario} has no {option}", where=option, fix="leave it out")
+            option, scenario = "--" + name.replace("_", "-"), module.__name__.rpartition(".")[2]
+            raise RecipeError(f"the scenario {scenario} has no {option}", where=option, fix="leave it out")
+    if request.out is not None and "logs" in known:
+        settings["logs"] = request.out / "loadgen"
     return module.Spec(
         batch=_numbers("--batch", request.batch),
         threads=_numbers("--threads", request.threads),
         dims=dict(_dim(text) for text in request.dims),
         seed=request.seed,
         kernels=not request.no_kernels,
-        **{name: _setting(name, value) for name, value in request.settings.items()},
+        **settings,
     )
 
 
 def _setting(name: str, value: Any) -> Any:
-    """Return a setting as its field holds it: pairs NAME=VALUE are a mapping."""
+    """Return a setting as its field holds it: pairs NAME=VALUE are a mapping, lists are numbers."""
+    if name in LISTS:
+        return _numbers(f"--{name}", value)
     if name == "state":
         return dict(_pair("--state", text) for text in value)
     if name == "inputs":

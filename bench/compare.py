@@ -125,7 +125,8 @@ def show(rows: Sequence[Row], console: Console, reason: str = "") -> None:
     """Print the verdict, then the table."""
     console.print(verdict(rows, reason), markup=False, highlight=False)
     console.print(table(rows))
-    for sentence in (*notes(rows), caution(rows)):
+    summaries = [str(row.details["summary"]) for row in rows if "summary" in row.details]
+    for sentence in (*summaries, *notes(rows), caution(rows)):
         if sentence:
             console.print(sentence, markup=False, highlight=False)
 
@@ -136,7 +137,7 @@ def table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    marks = [_marks(row) for row in rows]
+    marks, mixed = [_marks(row) for row in rows], len({row.scenario for row in rows}) > 1
     told = [meaning for mark, meaning in _MEANINGS.items() if any(mark in found for found in marks)]
     caption = ", ".join(told) or None
     result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
@@ -144,7 +145,8 @@ def table(rows: Sequence[Row]) -> Table:
     for name in ("batch", "thr.", "p50 ms", "p90", "p99", "per s", "MB", "x baseline (95 %)"):
         result.add_column(name, justify="right", no_wrap=True)
     for row, mark in zip(rows, marks, strict=True):
-        result.add_row(Text(row.artifact + mark), *_cells(row))
+        name = f"{row.artifact}, {row.scenario}" if mixed else row.artifact
+        result.add_row(Text(name + mark), *_cells(row))
     return result
 
 

@@ -199,18 +199,42 @@ def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
         click.echo(line)
 
 
+def _load(function: Any) -> Any:
+    at_least_1 = click.IntRange(min=1)
+    options = (
+        click.option("--min-queries", type=at_least_1, help="LoadGen: least queries of each.  [default: 1500]"),
+        click.option("--max-batch", type=at_least_1, help="LoadGen: samples in a batch.  [default: 8]"),
+        click.option("--max-delay-ms", type=float, help="LoadGen: how long a sample waits for others.  [default: 1]"),
+        click.option("--workers", type=at_least_1, help="LoadGen: threads that call the runtime.  [default: 1]"),
+        click.option("--samples-per-query", type=at_least_1, help="multistream.  [default: 8]"),
+        click.option("--p99-ms", type=float, help="server: the bound on the latency.  [default: 15]"),
+        click.option("--rate-per-s", type=float, help="server: run at this rate, search none."),
+        click.option("--concurrency", metavar="1,2,4", help="server: clients of a sweep that waits for answers."),
+        click.option("--pipeline", metavar="path.py:function", help="stages: what happens before and after the model."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @cli.command()
 @click.argument("artifacts", nargs=-1, required=True, type=_PATH)
-@click.option("--scenario", default="edge", show_default=True, help="How requests arrive.")
+@click.option(
+    "--scenario",
+    default="edge",
+    show_default=True,
+    help="How requests arrive: edge, singlestream, multistream, server, offline, stages, or several with commas.",
+)
 @click.option("--batch", default="1", show_default=True, help="Batch sizes, as in 1,32.")
 @click.option("--threads", default="1", show_default=True, help="Thread counts, as in 1,2.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a named dimension.")
-@click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1]")
+@click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1; LoadGen: 60]")
 @click.option("--processes", type=int, help="Least number of fresh processes.  [default: 6]")
 @click.option("--meter", help="Energy: auto, none, nvml, ina3221, tegrastats, rapl, or a module.  [default: auto]")
 @click.option("--frame-ms", type=float, help="Duration of a frame, for real-time factors.")
 @click.option("--state", multiple=True, metavar="OUTPUT=INPUT", help="Feed an output back in the next frame.")
 @click.option("--input", "inputs", multiple=True, metavar="NAME=VALUE", help="Fill an input with a value.")
+@_load
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
 @click.option("--device", default="", metavar="ssh://USER@HOST", help="A board that measures, reached by ssh.")

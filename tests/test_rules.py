@@ -28,7 +28,11 @@ Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "onnx_ir": "onnx-ir", "PIL": "pillow"}
 """Modules whose distribution has another name."""
-OPTIONAL = {"optimizer/recipes/digits.py": {"sklearn"}, "optimizer/huggingface.py": {"transformers"}}
+OPTIONAL = {
+    "optimizer/recipes/digits.py": {"sklearn"},
+    "optimizer/huggingface.py": {"transformers"},
+    "bench/images.py": {"PIL"},
+}
 """Modules that an extra installs: the file imports them where it needs them, and says which extra is missing."""
 
 PIPE = "bench/child.py"
