@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..optimizer import report
 from ..optimizer import verdict as words
 from .rows import ROW_KEYS, Row
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SCHEMA = "paredown.bench/1"
 BUSY = 0.05
 """Share of the time without a core above which we warn. At 0.5 a true ratio of 0.35 came out as 0.17 to 0.18."""
 
@@ -30,6 +30,9 @@ def verdict(rows: Sequence[Row], reason: str = "") -> str:
 
 def caution(rows: Sequence[Row]) -> str:
     """Return why these numbers should not be trusted, in one sentence; "" if nothing speaks against them."""
+    doubts = {row.artifact: found for row in rows if (found := words.doubt(row.report()))}
+    if doubts:
+        return "; ".join(f"{name}: {found}" for name, found in doubts.items()) + "."
     waited = max((row.waited or 0.0 for row in rows), default=0.0)
     if waited > BUSY:
         return (
@@ -41,10 +44,13 @@ def caution(rows: Sequence[Row]) -> str:
 
 
 def write(rows: Sequence[Row], folder: Path, environment: Mapping[str, object]) -> tuple[Path, Path]:
-    """Write bench.json (rows, every sample in ms by round, the machine) and bench.csv; return their paths."""
+    """Write bench.json (rows, every sample in ms by round, the machine) and bench.csv; return their paths.
+
+    Beside them are bench.html, the page of these rows, and a line more in history.jsonl.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     document = {
-        "schema": SCHEMA,
+        "schema": words.BENCH_SCHEMA,
         "verdict": verdict(rows),
         "caution": caution(rows),
         "environment": dict(environment),
@@ -58,6 +64,8 @@ def write(rows: Sequence[Row], folder: Path, environment: Mapping[str, object]) 
         writer = csv.writer(file)
         writer.writerow(CSV_KEYS)
         writer.writerows(_csv_row(row) for row in rows)
+    found = report.of_bench([row.report() for row in rows], environment, caution(rows))
+    report.write_page(found, folder / "bench.html")
     return json_path, csv_path
 
 
@@ -77,20 +85,28 @@ def show(rows: Sequence[Row], console: Console, reason: str = "") -> None:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Return a rich table; a star marks a row whose warm-up did not settle."""
+    """Return a rich table; marks say which row did not settle, and which is not to be trusted (`verdict.doubt`)."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    starred = not all(row.stable for row in rows)
-    caption = "* did not settle during the warm-up" if starred else None
+    marks = [_marks(row) for row in rows]
+    told = [meaning for mark, meaning in _MEANINGS.items() if any(mark in found for found in marks)]
+    caption = ", ".join(told) or None
     result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
     result.add_column("artifact", min_width=8, overflow="fold")
     for name in ("batch", "thr.", "p50 ms", "p90", "p99", "per s", "MB", "x baseline (95 %)"):
         result.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        result.add_row(Text(row.artifact + "*" * (not row.stable)), *_cells(row))
+    for row, mark in zip(rows, marks, strict=True):
+        result.add_row(Text(row.artifact + mark), *_cells(row))
     return result
+
+
+_MEANINGS = {"*": "* did not settle during the warm-up", "!": "! not VALID, or clocks drifted"}
+
+
+def _marks(row: Row) -> str:
+    return "*" * (not row.stable) + "!" * bool(words.doubt(row.report(), briefly=True))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

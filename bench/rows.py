@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from ..optimizer.errors import InputError
 from .intervals import Interval
 from .measure import Seconds
@@ -49,10 +51,20 @@ class Row:
     details: Mapping[str, object] = field(default_factory=dict)
 
     def report(self) -> dict[str, object]:
-        """Return the row of report.json: its keys in their order, then `details` where there are any."""
-        keys = (*ROW_KEYS, "details") if self.details else ROW_KEYS
+        """Return the row of report.json: its keys in their order, `quantiles_ms`, `details` where there are any."""
+        keys = (*ROW_KEYS, "quantiles_ms", "details") if self.details else (*ROW_KEYS, "quantiles_ms")
         values = ((key, getattr(self, key)) for key in keys)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values}
+
+    @property
+    def quantiles_ms(self) -> list[float] | None:
+        """Return the latency that 0, 1, ... 100 % of the samples do not exceed: what a page draws a distribution from.
+
+        Milliseconds, to the nanosecond of the clock; None where there are no samples.
+        """
+        if not self.samples.size:
+            return None
+        return [round(float(value) * 1e3, 6) for value in np.percentile(self.samples, range(101))]
 
 
 ROW_KEYS = (

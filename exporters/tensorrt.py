@@ -8,10 +8,10 @@ was given, whose precision is in the graph. TensorRT-RTX builds without a GPU.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..optimizer.errors import InputError, RecipeError, RuntimeMissingError
 from . import tensorrt_library, tensorrt_profile
@@ -90,6 +90,13 @@ def comparison(path: Path, model: Model) -> tuple[Model, Spec]:
 
     exact = truth(model)
     return exact, spec(path, exact)
+
+
+def decisions(path: Path) -> Sequence[Mapping[str, Any]]:
+    """Return how an engine holds each layer that was compressed or stays float32: layer, form, kept, reason."""
+    from .tensorrt_engine import read_metadata
+
+    return read_metadata(path).decisions
 
 
 def examine() -> list[str]:

@@ -167,7 +167,10 @@ def export(folder: Path, target: str, out: Path | None, force: bool, **options: 
     """Lower the model of an output folder."""
     from . import targets
 
-    click.echo(targets.export(folder, target, out, force=force, settings=_engine_settings(target, options)))
+    path = targets.export(folder, target, out, force=force, settings=_engine_settings(target, options))
+    for line in targets.explain(path, target):
+        click.echo(line)
+    click.echo(path)
 
 
 @cli.command()
@@ -205,7 +208,7 @@ def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
 @click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
-@click.option("--out", type=_PATH, help="Folder for bench.json and bench.csv.")
+@click.option("--out", type=_PATH, help="Folder for bench.json, bench.csv, bench.html.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
     """Time artifacts against the first of them, interleaved in one process."""
     out = options["out"]
@@ -221,25 +224,30 @@ def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
 
 @cli.command()
 @click.argument("folder", type=_PATH)
-def show(folder: Path) -> None:
+@click.option("--history", is_flag=True, help="Print what every run into this folder measured.")
+def show(folder: Path, history: bool) -> None:
     """Print the report of a folder."""
     from rich.console import Console
 
     from . import report
 
-    report.show(report.read(folder), Console())
+    if history:
+        report.show_history(folder, Console())
+    else:
+        report.show(report.read(folder), Console())
 
 
 @cli.command()
 @click.argument("first", type=_PATH)
 @click.argument("second", type=_PATH)
-def diff(first: Path, second: Path) -> None:
-    """Print two reports side by side and mark what differs."""
+@click.option("--across-machines", is_flag=True, help="Compare sizes and accuracy though machines or versions differ.")
+def diff(first: Path, second: Path, across_machines: bool) -> None:
+    """Print two reports, or two benchmarks, side by side and mark what differs."""
     from rich.console import Console
 
     from . import report
 
-    report.diff(first, second, Console())
+    report.diff(first, second, Console(), across_machines=across_machines)
 
 
 @cli.command()

@@ -1,5 +1,7 @@
 """report.json and report.html: assembled in the order of the contract, written, read, shown and compared.
 
+A bench.json, which `optimize bench --out` writes, is read as a report without a model.
+
 A report is plain JSON (schema paredown.report/1). What was not measured is null; NaN and infinity become null.
 """
 
@@ -11,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from . import history, machine
+from .errors import InputError, RecipeError
 from .report_value import Report
+from .verdict import BENCH_SCHEMA
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,18 +53,25 @@ def assemble(parts: Report) -> dict[str, object]:
 
 
 def write(report: Report, folder: Path) -> tuple[Path, Path]:
-    """Write report.json and report.html into `folder`; return their paths."""
+    """Write report.json and report.html into `folder`, add a line to its history.jsonl; return the first two."""
     folder.mkdir(parents=True, exist_ok=True)
     full = assemble(report)
-    json_path, html_path = folder / "report.json", folder / "report.html"
+    json_path = folder / "report.json"
     json_path.write_text(json.dumps(full, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    html_path.write_text(render(full), encoding="utf-8")
-    return json_path, html_path
+    return json_path, write_page(full, folder / "report.html")
+
+
+def write_page(report: Report, path: Path) -> Path:
+    """Add the line of a report to the history of a page's folder, and write the page; return it."""
+    full = assemble(report)
+    history.append(full, path.parent)
+    path.write_text(render(full, history.read(path.parent)), encoding="utf-8")
+    return path
 
 
 def read(path: Path) -> dict[str, object]:
-    """Return the report of an out folder, or of a report.json; an InputError where it is none."""
-    file = path / "report.json" if path.is_dir() else path
+    """Return the report of an out folder, of a report.json or of a bench.json; an InputError where it is none."""
+    file = _file(path)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as problem:
@@ -70,16 +81,27 @@ def read(path: Path) -> dict[str, object]:
             f"this is not JSON ({problem})", where=str(file), fix="run again to write it anew"
         ) from problem
     schema = found.get("schema") if isinstance(found, dict) else None
+    if schema == BENCH_SCHEMA:
+        return assemble(of_bench(found.get("rows"), found.get("environment"), found.get("caution")))
     if schema != SCHEMA:
         raise InputError(f'schema is "{schema}", not "{SCHEMA}"', where=str(file), fix="run again with this version")
     return assemble(found)
 
 
-def render(report: Report) -> str:
-    """Return report.html: one self-contained page without scripts or network access."""
+def of_bench(rows: object, environment: object, caution: object) -> dict[str, object]:
+    """Return the parts of a report that has bench rows and nothing else; samples stay in bench.json."""
+    listed = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list | tuple) else []
+    kept = [{key: value for key, value in row.items() if key != "samples_ms"} for row in listed]
+    known = environment if isinstance(environment, Mapping) else {}
+    told = {"bench_caution": caution} if caution else {}
+    return {"schema": BENCH_SCHEMA, "environment": {**known, **told}, "bench": kept}
+
+
+def render(report: Report, known: history.History | None = None) -> str:
+    """Return report.html: one self-contained page without scripts or network access. `known`: of earlier runs."""
     from .report_page import page
 
-    return page(assemble(report))
+    return page(assemble(report), known)
 
 
 def show(report: Report, console: Console) -> None:
@@ -89,12 +111,39 @@ def show(report: Report, console: Console) -> None:
     print_report(assemble(report), console)
 
 
-def diff(first: Report | Path, second: Report | Path, console: Console) -> None:
-    """Print two reports side by side and mark what differs; a path is an out folder or a report.json."""
+def show_history(folder: Path, console: Console) -> None:
+    """Print the runs of a folder; an InputError where there is no history."""
+    from .report_text import print_history
+
+    known = history.read(folder)
+    if not known.entries:
+        where, fix = str(folder / history.FILE), "name the --out folder of a run of this version"
+        raise InputError("there is no history", where=where, fix=fix)
+    print_history(known, console)
+
+
+def diff(first: Report | Path, second: Report | Path, console: Console, *, across_machines: bool = False) -> None:
+    """Print two reports side by side and mark what differs; a path is an out folder, a report.json or a bench.json.
+
+    Raises RecipeError for reports of different machines unless `across_machines`; then speed is marked as not
+    comparable.
+    """
     from .report_text import print_diff
 
     left, right = (read(item) if isinstance(item, Path) else assemble(item) for item in (first, second))
-    print_diff(left, right, console)
+    differing = machine.differences(left, right)
+    if differing and not across_machines:
+        what = f"the reports are of different machines: {', '.join(differing)}"
+        fix = "measure both on one, or add --across-machines to compare sizes and accuracy alone"
+        raise RecipeError(what, where="diff", fix=fix)
+    print_diff(left, right, console, differing)
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    report, bench = path / "report.json", path / "bench.json"
+    return bench if bench.is_file() and not report.is_file() else report
 
 
 def _section(key: str, value: object) -> object:

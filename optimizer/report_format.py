@@ -42,6 +42,14 @@ def milliseconds(value: float | None) -> str:
     return DASH if value is None else f"{_digits(value)} ms"
 
 
+def joules(value: float | None) -> str:
+    """Return J, mJ or \N{MICRO SIGN}J."""
+    if value is None:
+        return DASH
+    unit, scale = next(((u, s) for u, s in (("J", 1.0), ("mJ", 1e-3)) if abs(value) >= s), ("\N{MICRO SIGN}J", 1e-6))
+    return f"{plain(value / scale)} {unit}"
+
+
 def seconds(value: float | None) -> str:
     """Return 850 ms, 12.3 s or 4 min 10 s."""
     if value is None:

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from . import report_bars as bars
 from . import report_chart as chart
+from . import report_curves as curves
 from . import report_format as fmt
+from .history import History
 from .report_summary import Line, Pair, Tone, computing, lines, pairs, widths
 from .report_value import Report, at, decision, interval, is_fraction, layer_name, number, rows, text
-from .verdict import comparisons, condition, headline, reason_when_slower, speed
+from .verdict import comparisons, condition, doubt, headline, is_bench, reason_when_slower, speed
 
 _TEMPLATE = "report.html.j2"
 
@@ -30,9 +33,9 @@ class BenchRow:
     strip: chart.Strip | None
     throughput: str
     memory: str
-    energy: str
     ratio: str
     ratio_note: str
+    doubt: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +47,38 @@ class BenchGroup:
     rows: tuple[BenchRow, ...]
 
 
-def page(report: Report) -> str:
-    """Return the page of a full report (`report.assemble`)."""
+def page(report: Report, history: History | None = None) -> str:
+    """Return the page of a full report (`report.assemble`), or of a benchmark alone."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    template = environment.from_string(Path(__file__).with_name(_TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(_view(report))
+    view = _view(report) | _measured(report, history or History())
+    return environment.get_template(_TEMPLATE).render(view)
+
+
+def _measured(report: Report, history: History) -> dict[str, object]:
+    """Return what the charts of speed show, and for each chart that there is no data for, why."""
+    bench = rows(report, "bench")
+    found: dict[str, tuple[object, str]] = {
+        "distributions": (curves.distributions(bench), "these rows are of a version that kept no quantiles"),
+        "loads": (curves.loads(bench), f"only a server scenario varies the load, this is {_scenarios(bench)}"),
+        "stages": (bars.stages(bench), f"requests of {_scenarios(bench)} have one stage"),
+        "energies": (bars.energies(bench), bars.why_no_energy(bench)),
+        "runs": (curves.runs(history), "this is the first run in its folder"),
+    }
+    names = {"distributions": "latency distributions", "loads": "throughput against latency", "stages": "stages"}
+    names |= {"energies": "energy per inference", "runs": "history"}
+    absent = [(names[key], why) for key, (value, why) in found.items() if not value and (bench or key == "runs")]
+    return {key: value for key, (value, _) in found.items()} | {"absent": absent}
+
+
+def _scenarios(bench: Sequence[Report]) -> str:
+    return ", ".join(dict.fromkeys(text(row, "scenario") for row in bench if text(row, "scenario"))) or "another one"
 
 
 def _view(report: Report) -> dict[str, object]:
@@ -58,6 +86,7 @@ def _view(report: Report) -> dict[str, object]:
     summary = lines(report)
     return {
         "fmt": fmt,
+        "alone": is_bench(report),
         "tone": _tone(report),
         "headline": headline(report),
         "sentences": speed(rows(report, "bench"), reason_when_slower(report)).splitlines(),
@@ -74,7 +103,6 @@ def _view(report: Report) -> dict[str, object]:
         "decisions": [_decision(row) for row in rows(report, "decisions")],
         "verify": [_verified(row) for row in rows(report, "verify")],
         "bench": _bench(report),
-        "has_energy": any(number(row, "energy_j") is not None for row in rows(report, "bench")),
         "environment": _flat(at(report, "environment")),
         "command": text(report, "command"),
         "seed": text(report, "seed"),
@@ -87,13 +115,14 @@ def _tone(report: Report) -> Tone:
     bad_layer = any(text(row, "first_bad_layer") for row in rows(report, "verify"))
     if bad_layer or text(report, "failure") or (found and found[0].speed == "slower"):
         return "bad"
-    return "good" if found and found[0].speed == "faster" else "same"
+    return "good" if found and found[0].speed == "faster" and not found[0].doubt else "same"
 
 
 def _cards(summary: Sequence[Line]) -> list[Line]:
     """Return the lines that a reader looks for first: metric, size, bits, latency."""
     names = ("latency p50", "weights on disk", "bits per weight")
-    return [summary[0], *(line for name in names for line in summary if line.label.startswith(name))]
+    first = [summary[0]] if summary[0].label != "latency p50" else []
+    return [*first, *(line for name in names for line in summary if line.label.startswith(name))]
 
 
 def _charts(report: Report) -> list[chart.Scatter]:
@@ -218,7 +247,6 @@ def _bench_row(row: Report, longest: float) -> BenchRow:
     known = [value for value in values if value is not None]
     drawable = len(known) == 3 and longest > 0
     strip = chart.strip((known[0], known[1], known[2]), interval(row, "ci95"), longest) if drawable else None
-    energy = number(row, "energy_j")
     return BenchRow(
         artifact=text(row, "artifact") or fmt.DASH,
         where=f"{text(row, 'runtime')} {text(row, 'scenario')}".strip(),
@@ -229,9 +257,9 @@ def _bench_row(row: Report, longest: float) -> BenchRow:
         strip=strip,
         throughput=fmt.plain(number(row, "throughput_per_s"), 4),
         memory=fmt.size(number(row, "peak_rss_bytes")),
-        energy=fmt.DASH if energy is None else f"{fmt.plain(energy)} J",
         ratio=fmt.times(number(row, "ratio_to_baseline")),
         ratio_note=fmt.span(interval(row, "ratio_ci95")),
+        doubt=doubt(row),
     )
 
 

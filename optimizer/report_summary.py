@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from . import report_format as fmt
 from .report_value import Interval, Report, interval, is_fraction, number, rows, text, weights
-from .verdict import EQUAL_WITHIN, condition
+from .verdict import EQUAL_WITHIN, condition, doubt, is_bench
 
 LONG_MODES = {
     "decoded": "decoded to floats at load",
@@ -58,9 +58,16 @@ class Pair:
 
 def lines(report: Report) -> list[Line]:
     """Return the before/after table: metric, sizes, then latencies of the first condition."""
+    if is_bench(report):
+        return _latency_lines(report)
     found = [_metric_line(report), _ratio_line(report, "weights on disk", "size_bytes"), _bits_line(report)]
     found += [_ratio_line(report, name, name) for name in ("parameters", "macs") if number(report, "baseline", name)]
     return found + _latency_lines(report)
+
+
+def label(line: Line) -> str:
+    """Return the label of a line with its condition."""
+    return f"{line.label}, {line.condition}" if line.condition else line.label
 
 
 def pairs(report: Report) -> list[Pair]:
@@ -164,7 +171,37 @@ def _latency_lines(report: Report) -> list[Line]:
     found = pairs(report)
     if not found:
         return [Line(label="latency p50", before=fmt.DASH, after=fmt.DASH, change="not measured")]
-    return [_latency_line(found[0], name) for name in ("p50", "p99")] + _memory_lines(found[0])
+    first = found[0]
+    return _load_lines(first) + [_latency_line(first, name) for name in ("p50", "p99")] + _memory_lines(first)
+
+
+def _load_lines(pair: Pair) -> list[Line]:
+    """Return the load that each side held, where a scenario looked for it."""
+    before, after = (number(row, "details", "scheduled_per_s") for row in (pair.baseline, pair.optimized or {}))
+    if before is None and after is None:
+        return []
+    ends = interval(pair.optimized or {}, "details", "throughput_ratio_ci95")
+    target = number(pair.baseline, "details", "target_p99_ms")
+    return [
+        Line(
+            label="load held" if target is None else f"load held at p99 of {target:g} ms",
+            condition=pair.condition,
+            before=_per_second(before),
+            after=_per_second(after),
+            change=fmt.times(number(pair.optimized or {}, "details", "throughput_ratio_to_baseline")),
+            change_note=fmt.span(ends),
+            tone=_trusted(pair, _ratio_tone(None if ends is None or ends[0] <= 0 else (1 / ends[1], 1 / ends[0]))),
+        )
+    ]
+
+
+def _trusted(pair: Pair, tone: Tone) -> Tone:
+    """Return a tone, but none for what is not to be trusted on either side."""
+    return "same" if doubt(pair.baseline) or doubt(pair.optimized or {}) else tone
+
+
+def _per_second(value: float | None) -> str:
+    return fmt.DASH if value is None else f"{fmt.plain(value, 4)} per s"
 
 
 def _latency_line(pair: Pair, percentile: str) -> Line:
@@ -181,7 +218,7 @@ def _latency_line(pair: Pair, percentile: str) -> Line:
         after_note=fmt.span(interval(after, "ci95")) if is_median else "",
         change=fmt.DASH if ratio is None else f"{fmt.times(ratio)} the time",
         change_note=fmt.span(ends),
-        tone=_ratio_tone(ends),
+        tone=_trusted(pair, _ratio_tone(ends)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -10,7 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import report_format as fmt
-from .report_summary import Line, computing, lines, widths
+from .history import FILE, History, letters
+from .report_curves import machines, run_row
+from .report_diff import Cell, differs, result_cells, speed_cells
+from .report_summary import computing, label, lines, widths
 from .report_value import Report, at, decision, layer_name, number, rows, text
 from .verdict import headline, reason_when_slower, speed
 
@@ -34,12 +37,16 @@ def print_report(report: Report, console: Console) -> None:
             console.print(table)
 
 
-def print_diff(first: Report, second: Report, console: Console) -> None:
-    """Print two reports side by side; a star marks lines that differ."""
+def print_diff(first: Report, second: Report, console: Console, differing: Sequence[str] = ()) -> None:
+    """Print two reports side by side; a star marks lines that differ. `differing`: why speed is not comparable."""
     console.print(f"[bold]A[/bold]  {escape(headline(first))}", highlight=False)
     console.print(f"[bold]B[/bold]  {escape(headline(second))}", highlight=False)
+    if differing:
+        told = f"Different machines: {', '.join(differing)}. Speed, memory and energy are not comparable."
+        console.print(f"[yellow]{escape(told)}[/yellow]", highlight=False)
     tables = [
-        _two("results", _result_cells(first), _result_cells(second)),
+        _two("results", result_cells(first), result_cells(second)),
+        _speeds(speed_cells(first), speed_cells(second), comparable=not differing),
         _two("settings", _setting_cells(first), _setting_cells(second)),
         _two("steps", _step_cells(first), _step_cells(second)),
         _two("layers that differ", *_only_different(_layer_cells(first), _layer_cells(second))),
@@ -48,6 +55,23 @@ def print_diff(first: Report, second: Report, console: Console) -> None:
         if table.row_count:
             console.print()
             console.print(table)
+
+
+def print_history(known: History, console: Console) -> None:
+    """Print a line per run, oldest first; figures of different machines are not to be held against each other."""
+    names = letters(known.entries)
+    columns = ("run", "time (UTC)", "", "recipe", "machine", "metric", "size", "x original", "per s", "remark")
+    table = _table("history", *columns, left=5)
+    for index, item in enumerate(known.entries, 1):
+        row = run_row(index, item, names)
+        ratio = _with_note(row["ratio"], row["ratio_note"]) if row["ratio"] != fmt.DASH else fmt.DASH
+        known_as = (escape(row[key]) for key in ("run", "time", "kind", "recipe", "machine", "metric", "size"))
+        table.add_row(*known_as, ratio, row["throughput"], escape(row["doubt"]))
+    console.print(table)
+    for name, model in machines(known.entries, names):
+        console.print(escape(f"machine {name}: {model}"), highlight=False)
+    if known.unreadable:
+        console.print(f"{known.unreadable} lines of {FILE} could not be read.", highlight=False)
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -63,16 +87,12 @@ def _summary(report: Report) -> Table:
         colour = _COLOURS[line.tone]
         change = _with_note(line.change, line.change_note)
         table.add_row(
-            escape(_label(line)),
+            escape(label(line)),
             _with_note(line.before, line.before_note),
             _with_note(line.after, line.after_note),
             f"[{colour}]{change}[/{colour}]" if colour else change,
         )
     return table
-
-
-def _label(line: Line) -> str:
-    return f"{line.label}, {line.condition}" if line.condition else line.label
 
 
 def _with_note(value: str, note: str) -> str:
@@ -139,21 +159,22 @@ def _two(title: str, first: Sequence[tuple[str, str]], second: Sequence[tuple[st
     return table
 
 
+def _speeds(first: Mapping[str, Cell], second: Mapping[str, Cell], *, comparable: bool) -> Table:
+    table = _table("speed", "", "A", "B", "differs", left=1)
+    for name in dict.fromkeys([*first, *second]):
+        left, right = first.get(name), second.get(name)
+        mark = differs(left, right) if comparable else "not comparable"
+        shown = [escape(fmt.DASH if cell is None else cell.shown) for cell in (left, right)]
+        table.add_row(escape(name), *shown, f"[yellow]{mark}[/yellow]" if mark else "")
+    return table
+
+
 def _only_different(
     first: Sequence[tuple[str, str]], second: Sequence[tuple[str, str]]
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     same = set(first) & set(second)
     left, right = ([cell for cell in cells if cell not in same] for cells in (first, second))
     return left, right
-
-
-def _result_cells(report: Report) -> list[tuple[str, str]]:
-    def cells(line: Line) -> list[tuple[str, str]]:
-        after = f"{line.after} ({line.after_note})" if line.after_note else line.after
-        change = f"{line.change} ({line.change_note})" if line.change_note else line.change
-        return [(_label(line), after), (f"{_label(line)}, change", change)]
-
-    return [cell for line in lines(report) for cell in cells(line)]
 
 
 def _setting_cells(report: Report) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from . import artifact, entry, planning, report, store, summary, workspace
+from . import artifact, entry, history, planning, report, store, summary, workspace
 from . import recipe as recipes
 from .errors import (
     AccuracyError,
@@ -308,6 +308,7 @@ class _Run:
         if failure is not None:
             parts["failure"] = str(failure)
         full = report.assemble(parts)
+        history.carry(self.work.out, self.work.folder)
         report.write(full, self.work.folder)
         self.reporter.close()
         if failure is not None:

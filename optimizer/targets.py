@@ -36,15 +36,16 @@ def export(
     module = exporter(target, "--target")
     options = module.Options(**(settings or {}))
     path = out or folder / f"model{module.suffix}"
+    if path.is_dir():
+        raise RecipeError(f'"{path}" is a folder', where="--out", fix="name a file to write")
     if path.suffix != module.suffix:
         what, fix = f'"{path.name}" is no name for a file of {target}', f"end it with {module.suffix}"
         raise RecipeError(what, where="--out", fix=fix)
     if path.exists() and not force:
         raise RecipeError(f'the file "{path.name}" exists already', fix="use --force or another --out")
     model = store.load(folder)
-    if path.is_dir() or not path.parent.is_dir():
-        what = f'"{path}" is a folder' if path.is_dir() else f'the folder "{path.parent}" does not exist'
-        raise RecipeError(what, where="--out", fix="name a file to write")
+    if not path.parent.is_dir():
+        raise RecipeError(f'the folder "{path.parent}" does not exist', where="--out", fix="name a file to write")
     with workspace.disk_errors(path), tempfile.TemporaryDirectory(prefix=".paredown-", dir=path.parent) as made:
         module.export(model, Path(made) / path.name, options)
         files = sorted(Path(made).iterdir(), reverse=True)  # external weights first
@@ -57,6 +58,13 @@ def export(
         for file in files:
             file.replace(path.parent / file.name)
     return path
+
+
+def explain(path: Path, target: str) -> list[str]:
+    """Return a line for each layer of an exported file that was decided on: its form, kept or fallback, and why."""
+    module = exporter(target)
+    rows = module.decisions(path) if target == "tensorrt" else ()
+    return [f"{row['layer']}: {row['form']}, {'kept' if row['kept'] else 'fallback'}: {row['reason']}" for row in rows]
 
 
 def verify(folder: Path, runtime: str, *, kernels: bool = True) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .report_value import WHOLE_MODEL, Interval, Report, interval, is_fraction, number, rows, text
+from .report_value import WHOLE_MODEL, Interval, Report, at, interval, is_fraction, number, rows, text
 
 Speed: TypeAlias = Literal["slower", "no measurable difference", "faster", "not measured"]
+Quantity: TypeAlias = Literal["latency", "load"]
 _ORDER: tuple[Speed, ...] = ("slower", "not measured", "no measurable difference", "faster")
 
+BENCH_SCHEMA = "paredown.bench/1"
 EQUAL_WITHIN = 0.02
 """Ratios within 2 % of 1 count as equal, however narrow their interval: one .onnx file opened four times in one process
 (6 convs, batch 1 and 8, ONNX Runtime 1.31, 2 cores) differed from itself by up to 1 %."""
@@ -18,13 +20,20 @@ EQUAL_WITHIN = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One artifact against the baseline, at one batch size and thread count. `ratio`: latency over latency."""
+    """One artifact against the baseline, under one condition. `ratio`: latency over latency; below 1 is faster.
+
+    Where a scenario found the `load` that each holds, the ratio is that of the baseline over that of the artifact.
+    `doubt`, `brief_doubt`: why the numbers of either are not to be trusted, with and without the reason.
+    """
 
     artifact: str
     baseline: str
     condition: str
     ratio: float | None
     ratio_ci95: Interval | None
+    quantity: Quantity = "latency"
+    doubt: str = ""
+    brief_doubt: str = ""
 
     @property
     def speed(self) -> Speed:
@@ -41,18 +50,14 @@ def comparisons(bench: Sequence[Report]) -> list[Comparison]:
     if not bench:
         return []
     baseline = text(bench[0], "artifact")
-    found = [
-        Comparison(
-            artifact=text(row, "artifact"),
-            baseline=baseline,
-            condition=condition(row),
-            ratio=number(row, "ratio_to_baseline"),
-            ratio_ci95=interval(row, "ratio_ci95"),
-        )
-        for row in bench
-        if text(row, "artifact") != baseline
-    ]
+    beside = {condition(row): row for row in reversed(bench) if text(row, "artifact") == baseline}
+    found = [_comparison(row, baseline, beside) for row in bench if text(row, "artifact") != baseline]
     return sorted(found, key=lambda item: (_ORDER.index(item.speed), -(item.ratio or 0)))
+
+
+def is_bench(report: Report) -> bool:
+    """Return whether this is the result of `optimize bench`, which has no model and no metric."""
+    return text(report, "schema") == BENCH_SCHEMA
 
 
 def is_slower(bench: Sequence[Report]) -> bool:
@@ -61,13 +66,24 @@ def is_slower(bench: Sequence[Report]) -> bool:
 
 
 def condition(row: Report) -> str:
-    """Return "batch 1, 2 threads"."""
+    """Return "batch 1, 2 threads", after the name of a scenario other than edge."""
     threads = number(row, "threads")
     batch = number(row, "batch")
-    words = [] if batch is None else [f"batch {batch:g}"]
+    words = [name] if (name := text(row, "scenario")) not in ("", "edge") else []
+    words += [] if batch is None else [f"batch {batch:g}"]
     if threads is not None:
         words.append("default threads" if threads == 0 else f"{threads:g} thread{'s' * (threads != 1)}")
     return ", ".join(words)
+
+
+def doubt(row: Report, *, briefly: bool = False) -> str:
+    """Return why a row is not to be trusted, as in "not VALID (too few queries)"; "" where it says nothing of it."""
+    found = []
+    for key, bad, words, reasons in _DOUBTS:
+        if at(row, "details", key) is bad:
+            why = "" if briefly else _joined(*(at(row, "details", reason) for reason in reasons))
+            found.append(f"{words} ({why})" if why else words)
+    return " and ".join(found)
 
 
 def speed(bench: Sequence[Report], reason: str = "") -> str:
@@ -80,7 +96,13 @@ def speed(bench: Sequence[Report], reason: str = "") -> str:
 
 
 def headline(report: Report) -> str:
-    """Return the verdict on a whole run: what failed (`failure`, verification), then speed, size, accuracy."""
+    """Return the verdict on a whole run: what failed (`failure`, verification), then speed, size, accuracy.
+
+    A benchmark alone has a speed and nothing else.
+    """
+    if is_bench(report):
+        line = _short_speed(report)
+        return line[:1].upper() + line[1:]
     bad = _first_bad_layer(report)
     parts = ["run failed"] if text(report, "failure") else []
     parts += [f"verification failed at {bad}"] if bad else []
@@ -98,35 +120,74 @@ def reason_when_slower(report: Report) -> str:
     return next((text(row, "reason") for row in whole if row.get("kept") == "compressed"), "")
 
 
+def _comparison(row: Report, baseline: str, beside: Mapping[str, Report]) -> Comparison:
+    load, load_ci95 = number(row, "details", _LOAD), interval(row, "details", f"{_LOAD_NAME}_ci95")
+    under = condition(row)
+    doubtful = row if doubt(row) else beside.get(under, {})
+    return Comparison(
+        artifact=text(row, "artifact"),
+        baseline=baseline,
+        condition=under,
+        ratio=1 / load if load else number(row, "ratio_to_baseline"),
+        ratio_ci95=_inverse(load_ci95) if load else interval(row, "ratio_ci95"),
+        quantity="load" if load else "latency",
+        doubt=doubt(doubtful),
+        brief_doubt=doubt(doubtful, briefly=True),
+    )
+
+
+_LOAD_NAME = "throughput_ratio"
+_LOAD = f"{_LOAD_NAME}_to_baseline"
+
+
+def _inverse(ends: Interval | None) -> Interval | None:
+    return None if ends is None or ends[0] <= 0 else (1 / ends[1], 1 / ends[0])
+
+
+_DOUBTS = (
+    ("valid", False, "not VALID", ("invalid_because",)),
+    ("drifted", True, "clocks drifted", ("drift_reason", "drift_reasons")),
+)
+"""Key of `details`, its value that makes a row doubtful, how that is called, and where the reason stands."""
+
+
+def _joined(*reasons: object) -> str:
+    items = [item for reason in reasons for item in (reason if isinstance(reason, list | tuple) else [reason])]
+    return "; ".join(str(item).rstrip(".") for item in items if item)
+
+
 def _sentence(found: Sequence[Comparison], reason: str) -> str:
     first = found[0]
     parts = [_claim(first)]
-    parts += [f"{item.speed} at {item.condition} ({_factor(item)})" for item in found[1:4]]
+    parts += [f"{_judged(item)} at {item.condition} ({_factor(item)})" for item in found[1:4]]
     parts += [f"{len(found) - 4} more conditions in the table"] if len(found) > 4 else []
     parts += [reason.rstrip(".")] if first.speed == "slower" and reason else []
     return "; ".join(parts) + "."
 
 
+def _judged(item: Comparison) -> str:
+    return f"{item.speed}, but {item.doubt}," if item.doubt else item.speed
+
+
 def _claim(item: Comparison) -> str:
     if item.ratio is None:
         return f"Not measured: {item.artifact} has no latency to hold against {item.baseline}"
+    verb = "serves" if item.quantity == "load" else "runs" if item.speed == "faster" else "takes"
+    told = f"{item.artifact} {verb} {_factor(item)} as {item.baseline} at {item.condition}"
     if item.ratio_ci95 is None:
-        return (
-            f"Not measured well enough: {item.artifact} takes {_factor(item)} as {item.baseline} "
-            f"at {item.condition}, from too few rounds for an interval"
-        )
-    (low, high), verb = item.ratio_ci95, "takes"
-    if item.speed == "faster":
-        low, high, verb = 1 / high, 1 / low, "runs"
-    return (
-        f"{item.speed.capitalize()}: {item.artifact} {verb} {_factor(item)} as {item.baseline} at {item.condition} "
-        f"(95 % interval {low:.2f} to {high:.2f})"
-    )
+        return f"Not measured well enough: {told}, from too few rounds for an interval"
+    low, high = item.ratio_ci95
+    if item.quantity == "load" or item.speed == "faster":
+        low, high = 1 / high, 1 / low
+    judged = _judged(item).rstrip(",")
+    return f"{judged[:1].upper()}{judged[1:]}: {told} (95 % interval {low:.2f} to {high:.2f})"
 
 
 def _factor(item: Comparison) -> str:
     if not item.ratio:
         return "no latency"
+    if item.quantity == "load":
+        return f"{1 / item.ratio:.2f} times as many per second"
     return f"{1 / item.ratio:.2f} times as fast" if item.speed == "faster" else f"{item.ratio:.2f} times as long"
 
 
@@ -134,12 +195,15 @@ def _short_speed(report: Report) -> str:
     found = comparisons(rows(report, "bench"))
     if not found or found[0].ratio is None or found[0].speed == "not measured":
         return "speed not measured"
-    ratio, where = found[0].ratio, f" ({found[0].condition})" if len(found) > 1 else ""
-    if found[0].speed == "slower":
-        return f"slower: {ratio:.2f} times the latency{where}"
-    if found[0].speed == "faster":
-        return f"faster: {1 / ratio:.2f} times as fast{where}"
-    return f"no measurable difference in speed{where}"
+    first, ratio, where = found[0], found[0].ratio, f" ({found[0].condition})" if len(found) > 1 else ""
+    but = f", but {first.brief_doubt}" if first.doubt else ""
+    if first.speed == "no measurable difference":
+        return f"no measurable difference in speed{but}{where}"
+    if first.quantity == "load":
+        how = f"{1 / ratio:.2f} times the load"
+    else:
+        how = f"{ratio:.2f} times the latency" if first.speed == "slower" else f"{1 / ratio:.2f} times as fast"
+    return f"{first.speed}{but}: {how}{where}"
 
 
 def _size(report: Report) -> str:

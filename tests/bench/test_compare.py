@@ -106,6 +106,34 @@ def test_files_hold_rows_samples_and_machine(tmp_path: Path) -> None:
     assert lines[0]["peak_rss_bytes"] == ""
 
 
+def test_the_page_stands_beside_the_files(tmp_path: Path) -> None:
+    rows = [BASE, _row(0.5, details={"drifted": True, "drift_reason": "the CPU clock moved by 9 %"})]
+    for _ in range(2):
+        compare.write(rows, tmp_path, {"cpu": {"model": "x"}})
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.csv", "bench.html", "history.jsonl"}
+    page = (tmp_path / "bench.html").read_text()
+    assert "Faster, but clocks drifted: 2.00 times as fast" in page
+    assert "<h2>Latency distributions</h2>" in page
+    assert "<h2>History</h2>" in page
+
+
+def test_quantiles_of_the_samples_are_part_of_a_row() -> None:
+    found = _row(0.5, samples=np.linspace(0.001, 0.002, 51).reshape(3, 17)).report()["quantiles_ms"]
+    assert found == [round(1 + share / 100, 6) for share in range(101)]
+    assert _row(0.5, samples=np.zeros((0, 0))).report()["quantiles_ms"] is None
+
+
+def test_what_is_not_to_be_trusted_is_said() -> None:
+    invalid = _row(0.5, details={"valid": False, "invalid_because": "too few queries"})
+    assert compare.caution([BASE, invalid]) == "small.onnx: not VALID (too few queries)."
+    assert compare.verdict([BASE, invalid]).startswith("Faster, but not VALID (too few queries): small.onnx runs 2.00")
+    console = Console(width=100, record=True, file=io.StringIO())
+    compare.show([BASE, invalid], console)
+    shown = console.export_text()
+    assert "small.onnx!" in shown
+    assert "! not VALID, or clocks drifted" in shown
+
+
 def test_caution_names_what_was_wrong() -> None:
     assert compare.caution([BASE, _row(0.5, waited=0.01)]) == ""
     assert compare.caution([BASE, _row(0.5, waited=0.314)]).startswith("The machine was busy: 31 % of the time")

@@ -14,10 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -48,6 +48,7 @@ from paredown.optimizer.weight import Dense
 
 from ..optimizer.tiny import listing, optimize, project
 from .conftest import NETS, ROWS, Perceptron, build, pack_all
+from .pages import WRITE, is_current
 
 RTX = Library(name="rtx", version="any")
 MADE = {"model.engine", "model.engine.json", "model.tensorrt.onnx"}
@@ -158,6 +159,16 @@ def test_an_engine_of_rtx_is_built_without_a_gpu(rtx: None, out: Path, monkeypat
     again = ("--library", "rtx", "--sm", "86,8.9", "--profile", "batch=1:4:16", "--force")
     assert export(monkeypatch, *again) == (0, "")
     assert (out / "model.engine.json").read_bytes() == first
+
+
+def test_the_command_says_how_each_layer_is_held(standin: None, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = optimize(monkeypatch, "export", out, "--target", "tensorrt")
+    *lines, last = outcome.out.splitlines()
+    rows = metadata(out)["decisions"]
+    assert last == "out/model.engine"
+    told = [(row["layer"], row["form"], "kept" if row["kept"] else "fallback", row["reason"]) for row in rows]
+    assert lines == [f"{layer}: {form}, {kept}: {reason}" for layer, form, kept, reason in told]
+    assert len(lines) == 3
 
 
 def test_verify_of_an_engine_without_a_gpu_says_so(rtx: None, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,6 +538,132 @@ def test_a_missing_engine_says_how_to_make_it(out: Path, monkeypatch: pytest.Mon
     assert (outcome.code, outcome.error) == (3, [says])
     with pytest.raises(InputError, match=r"model.engine: is missing; run optimize export --target tensorrt"):
         tensorrt.open(out / "model.engine")
+
+
+# --- the page of failures
+
+REFUSED = (
+    "TensorRT 10.3.0, model.tensorrt.onnx: the graph is refused: "
+    'Odd of layer "block.1.odd" is no operator that it has; write that part of the network with other operators, '
+    "or use a version of TensorRT that has them"
+)
+WRONG = (
+    "TensorRT 10.2.1 is installed, this version of paredown builds with 10.3 and later, below 12; "
+    f"{tensorrt_library.INSTALL['tensorrt']} in a version of that range, or name the other with --library"
+)
+NONE = (
+    "neither TensorRT nor TensorRT-RTX is installed; "
+    f"{tensorrt_library.INSTALL['rtx']}; or {tensorrt_library.INSTALL['tensorrt']}"
+)
+NO_GPU = (
+    "TensorRT 10.3.0 builds on a GPU, and there is no GPU here; run this on the machine that the engine is for, "
+    "or use --library rtx, which builds without one"
+)
+BAD_CACHE = (
+    '--timing-cache "out/cache": it was made by another version of TensorRT or for another GPU, or is no timing cache; '
+    "delete it, or name another file"
+)
+AFTERWARDS = "every file of the folder as it was, an older engine too; nothing else"
+Arrange: TypeAlias = Callable[[pytest.MonkeyPatch, Path], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A way to fail: what is arranged, what is run then, and how that answers."""
+
+    when: str
+    arrange: Arrange
+    says: str
+    code: int = 6
+    command: tuple[str, ...] = ("export", "out", "--target", "tensorrt", "--force")
+
+
+VERIFY = ("verify", "out", "--runtime", "tensorrt")
+
+
+def ends(how: str) -> Arrange:
+    return lambda patch, out: patch.setenv("STANDIN", how)
+
+
+def is_stale(name: str) -> Failure:
+    return Failure(
+        when=f"stale engine: {name}",
+        arrange=lambda patch, out: STALE[name][0](out),
+        says=STALE[name][1],
+        command=VERIFY,
+    )
+
+
+def without_library(patch: pytest.MonkeyPatch, out: Path) -> None:
+    for name in tensorrt_library.MODULES.values():
+        patch.setitem(sys.modules, name, None)
+
+
+def failed(name: str) -> Failure:
+    says = f"TensorRT 10.3.0, model.tensorrt.onnx: {FAILURES[name][1]}"
+    return Failure(when=f"building: {name}", arrange=ends(FAILURES[name][0]), says=says)
+
+
+TABLE = (
+    Failure(
+        when="unsupported operator",
+        arrange=lambda patch, out: patch.setattr(tensorrt_write, "lower", lowering(matmuls("Odd"))),
+        says=REFUSED,
+    ),
+    Failure(when="wrong version", arrange=lambda patch, out: patch.setenv("STANDIN_VERSION", "10.2.1"), says=WRONG),
+    Failure(when="no library", arrange=without_library, says=NONE, code=7),
+    Failure(
+        when="no GPU, full library",
+        arrange=lambda patch, out: patch.setattr(tensorrt_library, "capability", lambda: ""),
+        says=NO_GPU,
+        code=7,
+    ),
+    Failure(
+        when="timing cache of something else",
+        arrange=lambda patch, out: (out / "cache").write_bytes(b"of another version"),
+        says=BAD_CACHE,
+        command=("export", "out", "--target", "tensorrt", "--force", "--timing-cache", "out/cache"),
+    ),
+    *map(failed, FAILURES),
+    *map(is_stale, STALE),
+    Failure(
+        when="no engine",
+        arrange=lambda patch, out: (out / "model.engine").unlink(),
+        says="out/model.engine: is missing; run optimize export out --target tensorrt",
+        code=3,
+        command=VERIFY,
+    ),
+)
+
+
+@pytest.mark.parametrize("failure", TABLE, ids=[failure.when for failure in TABLE])
+def test_a_failure_is_one_sentence_and_leaves_all_as_it_was(
+    failure: Failure, standin: None, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path(shutil.copytree(built, "out"))
+    failure.arrange(monkeypatch, out)
+    before = contents(".")
+    outcome = optimize(monkeypatch, *failure.command)
+    assert (outcome.code, outcome.error) == (failure.code, [f"optimize: {failure.says}"])
+    assert contents(".") == before
+
+
+def test_the_page_of_failures_is_current() -> None:
+    rows = [
+        f"| {failure.when} | `optimize {failure.command[0]}` | {failure.code} | {failure.says} | {AFTERWARDS} |"
+        for failure in TABLE
+    ]
+    head = [
+        "# How engines fail\n",
+        "What goes wrong while an engine is built, or before it is run: the exit code, the one line on standard error",
+        "(after `optimize: `), and what is on disk afterwards. Each row is a test, with a stand-in of the library that",
+        "ends as the real one does; unsupported operators and want of memory are tested with TensorRT-RTX itself too",
+        "(`tests/exporters/test_tensorrt.py`, which writes and checks this page).\n",
+        "| when | command | exit code | sentence | on disk afterwards |",
+        "|---|---|---|---|---|",
+    ]
+    assert is_current("tensorrt_failures.md", "\n".join([*head, *rows, ""])), f"run this test with {WRITE}=1"
 
 
 # --- timing cache

@@ -2,7 +2,7 @@
 
 The list is the Protocols of `tensorrt_api.py`, to which mypy holds the source; these tests hold the Protocols to the
 source (nothing is declared that is not called) and to the bindings of each version. Those are downloaded, and linked to
-stubs that are compiled here: classes and signatures can be read without the library. `pytest -s` prints the table.
+stubs that are compiled here: classes and signatures can be read without the library. docs/tensorrt_api.md is the table.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pytest
 
 from paredown.exporters import tensorrt_api, tensorrt_engine
 
+from .pages import WRITE, is_current
 from .tensorrt_calls import split, takes
 
 SOURCE = Path(tensorrt_api.__file__)
@@ -34,12 +35,26 @@ BINDINGS = {
     "11.4": ("tensorrt-cu13-bindings==11.4.0.106", 11),
 }
 """Version -> the wheel of its bindings, and the major version of the libraries that it links."""
+REGISTRY = (
+    {"name": "IPluginRegistry.load_library", "path": ["IPluginRegistry", "load_library"], "arguments": 1},
+    {"name": "IPluginRegistry.get_creator", "path": ["IPluginRegistry", "get_creator"], "arguments": 3},
+)
+"""What the runner of a bundle calls besides, to load a compiled plugin."""
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 SYMBOLS = (
     *("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL"),
     *("createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getNvOnnxParserVersion"),
     *("getPluginRegistry", "getBuilderPluginRegistry", "initLibNvInferPlugins"),
 )
+PAGE = """# Every call of TensorRT
+
+All {calls} names of TensorRT that the exporter and the runner of a bundle use, looked up in the bindings of each
+version: "yes" is a name that is there and, for a method, a signature that takes as many arguments as we pass and gives
+what we use. "not called" are those of the other library. `tests/exporters/test_tensorrt_api.py` writes and checks this
+page, and holds the list to the source. The names of `tensorrt.plugin` (10.9 and later) are not in the table: with them
+a plugin is defined under the bindings of 10.16 and 11.4 by `test_tensorrt_aot.py`. The C++ plugin is compiled, not
+looked up.
+"""
 MODULES = ("TensorRT", "RtxTensorRT")
 ENUMERATION = "NetworkDefinitionCreationFlag"
 """Where what all enumerators have is looked up."""
@@ -211,13 +226,18 @@ def environment(folder: Path, compiler: str, wheel: str, major: int) -> dict[str
 def test_every_call_exists_in_every_version(bindings: dict[str, dict[str, str]]) -> None:
     common = [entry for entry in declared() if not entry["rtx"]]
     kinds = [{**value("DataType", name), "name": f"DataType.{name}"} for name in tensorrt_engine.DTYPES]
-    found = {version: ask("tensorrt_bindings", [*common, *kinds], env) for version, env in bindings.items()}
+    board = [value("get_plugin_registry"), *({**entry, "kind": "method", "result": []} for entry in REGISTRY)]
+    found = {version: ask("tensorrt_bindings", [*common, *kinds, *board], env) for version, env in bindings.items()}
     assert [answer["version"].startswith(version) for version, answer in found.items()] == [True] * len(BINDINGS)
     if importlib.util.find_spec("tensorrt_rtx"):
         found["RTX"] = ask("tensorrt_rtx", [*declared(), *kinds], {})
-    print("", *table({version: answer["problems"] for version, answer in found.items()}), sep="\n")
     wrong = {(v, name): text for v, answer in found.items() for name, text in answer["problems"].items() if text}
     assert wrong == {}
+    if "RTX" in found:
+        versions = {version: answer["version"] for version, answer in found.items()}
+        rows = table({f"{version} ({versions[version]})": answer["problems"] for version, answer in found.items()})
+        text = "\n".join([PAGE.format(calls=len(rows) - 2), *rows, ""])
+        assert is_current("tensorrt_api.md", text), f"run this test with {WRITE}=1"
 
 
 def table(problems: dict[str, dict[str, str]]) -> list[str]:

@@ -140,8 +140,17 @@ def head(architecture: str) -> str:
     return architecture.removeprefix("sm_")[:4].ljust(4)
 
 
+_driver: list[ctypes.CDLL] = []
+
+
 def fake_driver(folder: Path) -> ctypes.CDLL:
-    """Compile and load fake_cuda.c as libfake.so.1."""
+    """Compile and load fake_cuda.c as libfake.so.1, once in a process: the loader knows a library by that name."""
+    if not _driver:
+        _driver.append(_compiled_driver(folder))
+    return _driver[0]
+
+
+def _compiled_driver(folder: Path) -> ctypes.CDLL:
     compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     if compiler is None:
         pytest.skip("no C compiler for the driver that takes notes")

@@ -1,4 +1,4 @@
-"""Example reports: a full one, a slower one, and one in which hardly anything was measured."""
+"""Example reports: a full one, a slower one, one with every chart, and one in which hardly anything was measured."""
 
 from __future__ import annotations
 
@@ -78,6 +78,53 @@ def full_report(ratio: float = 0.56) -> Json:
     }
 
 
+def served_report() -> Json:
+    """Return a benchmark of the server and of the edge scenario in which every chart has data, some of it doubtful."""
+    edge = _bench(1, 1, 1.912, 1.0, 0.56)
+    for row, watts in zip(edge, (21.4, 19.8), strict=True):
+        row["energy_j"] = 0.0171 * _number(row, "ratio_to_baseline")
+        row["details"] = {"drifted": False, "meter": "rapl", "idle_w": 12.5, "mean_w": watts}
+    edge[1]["details"] |= {"drifted": True, "drift_reason": "the CPU clock moved by 14 % (2.1 to 2.4 GHz)"}  # type: ignore[operator]
+    return {
+        "schema": "paredown.bench/1",
+        "environment": full_report()["environment"],
+        "bench": [*_served(1.0), *edge],
+    }
+
+
+def history_lines() -> list[Json]:
+    """Return the lines of five runs on two machines, one of them with clocks that drifted."""
+    runs = [
+        (0.61, 149120, "m1"),
+        (0.60, 149120, "m1"),
+        (0.44, 149120, "m2"),
+        (0.55, 131072, "m1"),
+        (0.41, 131072, "m2"),
+    ]
+    return [_line(day, *run) for day, run in enumerate(runs, 1)]
+
+
+def _line(day: int, ratio: float, size: int, machine: str) -> Json:
+    bench = _bench(1, 1, 1.9, 1.0, ratio)
+    keys = ("artifact", "scenario", "batch", "threads", "latency_ms_p50", "ratio_to_baseline", "throughput_per_s")
+    kept = [{key: row[key] for key in keys} for row in bench]
+    if day == 2:
+        kept[1]["doubt"] = "clocks drifted"
+    return {
+        "time": f"2026-11-{day:02}T10:20:30+00:00",
+        "kind": "run",
+        "recipe": "0f1e2d3c4b5a" if day < 4 else "a1b2c3d4e5f6",
+        "fingerprint": machine,
+        "machine": {"m1": "Intel(R) Xeon(R) Processor", "m2": "AMD EPYC"}[machine],
+        "git_commit": None,
+        "metric": 0.80 + 0.002 * day,
+        "metric_name": "top1",
+        "size_bytes": size,
+        "failure": None,
+        "bench": kept,
+    }
+
+
 def slower_report() -> Json:
     """Return a report of a model that became slower and failed verification."""
     report = full_report(ratio=1.32)
@@ -100,7 +147,13 @@ def hostile_report() -> Json:
     report["steps"] = [{"step": bad, "spec": {bad: bad}}]
     report["decisions"] = [{"layer": bad, "fallback": bad, "reason": bad}]
     report["verify"] = [{"runtime": bad, "batch": bad, "first_bad_layer": bad}]
-    report["bench"] = [{"artifact": bad, "runtime": bad}, {"artifact": bad + "2", "batch": bad}]
+    stages = {"stages": {bad: 1.0}, "quantiles_ms": [float(share) for share in range(101)]}
+    details = {"valid": False, "invalid_because": bad, "meter": bad, "energy": bad}
+    load = {"sweep": [{"concurrency": 1, "throughput_per_s": 1.0, "latency_ms_p99": 1.0}]}
+    report["bench"] = [
+        {"artifact": bad, "runtime": bad, "scenario": bad, "details": details},
+        {"artifact": bad + "2", "batch": bad, "scenario": bad, "energy_j": 1.0, **stages, "details": details | load},
+    ]
     return report
 
 
@@ -119,6 +172,60 @@ def null_report() -> Json:
         "bench": [{"artifact": "model.onnx", "ci95": [None, None]}],
         "decisions": [],
     }
+
+
+_STAGES = ("decode", "resize", "normalise", "host_to_device", "queue", "compute", "device_to_host", "post")
+
+
+def _served(base: float) -> list[Json]:
+    """Return two rows of the server scenario; the original missed its count of queries."""
+    found = []
+    for name, speed in (("original.onnx", base), ("model.onnx", 1.62 * base)):
+        times = (3.1, 0.62, 0.21, 0.02, 0.9 / speed, 6.9 / speed, 0.02, 0.05)
+        row = _bench(8, 2, 1.02 * sum(times), 1.0)[0]
+        row |= {"artifact": name, "scenario": "server", "stages": dict(zip(_STAGES, times, strict=True))}
+        row |= {"ratio_to_baseline": None, "ratio_ci95": None}
+        row["details"] = {
+            "valid": speed != base,
+            "invalid_because": None if speed != base else "1,204 queries, of which 1,500 are needed",
+            "target_p99_ms": 15.0,
+            "scheduled_per_s": 402.0 * speed,
+            "throughput_ratio_to_baseline": speed / base,
+            "throughput_ratio_ci95": [speed / base * 0.98, speed / base * 1.02],
+            "sweep": [_swept(clients, speed) for clients in (1, 2, 4, 8, 16)],
+            "probes": [_probed(rate * speed) for rate in (200, 300, 380, 402, 420, 460)],
+            "energy": "unavailable: no meter covers the CPU",
+        }
+        found.append(row)
+    return found
+
+
+def _swept(clients: int, speed: float) -> Json:
+    rate = 460 * speed * clients / (clients + 1.4)
+    figures = {
+        "throughput_per_s": rate,
+        "latency_ms_p50": 1000 * clients / rate,
+        "latency_ms_p99": 1280 * clients / rate,
+    }
+    return {"concurrency": clients, **figures, "littles_law_error": 0.008 * clients / 4}
+
+
+def _probed(rate: float) -> Json:
+    load = min(rate % 1000 / 1000, 0.99)
+    latency = 6.0 + 0.02 * rate * (1 + 2 * load)
+    return {"scheduled_per_s": rate, "latency_ms_p99": latency, "held": latency <= 15.0}
+
+
+def _number(row: Json, key: str) -> float:
+    value = row[key]
+    assert isinstance(value, float)
+    return value
+
+
+def _quantiles(median: float) -> list[float]:
+    """Return 101 quantiles with a tail, as of latencies."""
+    shares = [share / 100 for share in range(101)]
+    return [median * (0.93 + 0.14 * share + 0.24 * share**30 + 0.9 * share**400) for share in shares]
 
 
 def _step(name: str, spec: Json, seconds: float) -> Json:
@@ -182,6 +289,7 @@ def _bench(batch: int, threads: int, base: float, *ratios: float) -> list[Json]:
             "stages": None,
             "ratio_to_baseline": ratio,
             "ratio_ci95": [1.0, 1.0] if name == "original.onnx" else [ratio * 0.97, ratio * 1.03],
+            "quantiles_ms": _quantiles(base * ratio),
         }
-        for name, ratio in zip(("original.onnx", "model.onnx"), ratios, strict=True)
+        for name, ratio in zip(("original.onnx", "model.onnx"), ratios, strict=False)
     ]

@@ -23,11 +23,11 @@ from paredown.optimizer.errors import InputError
 from paredown.optimizer.report_chart import Point, scatter, ticks
 from paredown.optimizer.report_format import DASH, mapping, size, span
 
-from .example_report import Json, full_report, hostile_report, null_report, slower_report
+from .example_report import Json, full_report, hostile_report, null_report, served_report, slower_report
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 CHROMIUM = Path("/usr/bin/chromium")
-EXAMPLES = [full_report, slower_report, hostile_report, null_report]
+EXAMPLES = [full_report, slower_report, served_report, hostile_report, null_report]
 needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason="/usr/bin/chromium is absent")
 
 
@@ -45,7 +45,7 @@ def test_written_json_has_the_contract_in_order(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "report.json").read_text())
     assert list(found) == list(report.KEYS)
     assert list(found["final"]) == list(report.KEYS["final"])
-    assert list(found["bench"][0]) == list(report.KEYS["bench"])
+    assert list(found["bench"][0]) == [*report.KEYS["bench"], "quantiles_ms"]
     assert list(found["layers"][0]) == list(report.KEYS["layers"])
     assert found == json.loads(json.dumps(full_report())) | {"verify": found["verify"]}
     assert report.read(tmp_path) == report.read(tmp_path / "report.json") == found
@@ -227,25 +227,6 @@ def test_show_cuts_long_layer_tables() -> None:
     assert "layer40" not in shown
 
 
-def test_diff_marks_what_differs(tmp_path: Path) -> None:
-    other = slower_report()
-    other["layers"] = [row | {"bits": 3.2} if row["name"] == "fc" else row for row in full_report()["layers"]]  # type: ignore[attr-defined]
-    report.write(other, tmp_path)
-    shown = _printed(lambda console: report.diff(full_report(), tmp_path, console))
-    assert shown.startswith("A  Faster")
-    lines = {line.split("  ")[0].strip(): line for line in shown.splitlines()}
-    assert lines["latency p50, batch 1, 1 thread"].rstrip().endswith("*")
-    assert not lines["weights on disk"].rstrip().endswith("*")
-    assert "3.2 bits" in lines["fc"]
-    assert "layer1.0.conv1" not in shown
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_diff_takes_nulls_on_either_side(example: Callable[[], Json]) -> None:
-    shown = _printed(lambda console: report.diff(example(), null_report(), console), width=400)
-    assert shown.splitlines()[1].startswith("B  Speed not measured")
-
-
 # --- parts
 
 
@@ -347,7 +328,7 @@ def _wide_report() -> Json:
 
 
 @needs_chromium
-@pytest.mark.parametrize("example", [full_report, hostile_report, _wide_report])
+@pytest.mark.parametrize("example", [full_report, served_report, hostile_report, _wide_report])
 def test_page_does_not_scroll_sideways(tmp_path: Path, example: Callable[[], Json]) -> None:
     """At 360 pixels, and at 1100 pixels no table of layers either.
 
@@ -355,7 +336,7 @@ def test_page_does_not_scroll_sideways(tmp_path: Path, example: Callable[[], Jso
     """
     html = escape(re.sub(r"<meta http-equiv[^>]*>", "", report.render(example())))
     of_page = "contentDocument.documentElement.scrollWidth + ' of ' + contentWindow.innerWidth"
-    panel = "contentDocument.querySelector('.layers').parentElement"
+    panel = "contentDocument.querySelector('.layers, .pair').parentElement"
     of_table = f"{panel}.scrollWidth + ' of ' + {panel}.clientWidth"
     probe = f"document.title += {of_page} + ', ' + {of_table} + ';'"
     frames = [

@@ -27,6 +27,7 @@ from .tiny import Outcome, edit, listing, optimize, project
 RUN = ("run", "recipe.yaml", "--out", "out")
 FOLDER = {
     *("model.safetensors", "model.json", "model.onnx", "plan.yaml", "recipe.yaml", "report.json", "report.html"),
+    "history.jsonl",
     *("source", "source/net.py"),
 }
 LAYERS = {"conv1.weight": (8, 27), "conv2.weight": (16, 72), "linear.weight": (10, 16)}
@@ -167,7 +168,7 @@ def test_bench_measures_the_original_beside_the_result(here: Path, monkeypatch: 
         assert row["peak_rss_bytes"] > 1e7
     outcome = optimize(monkeypatch, "bench", "out/baseline.onnx", "out/model.onnx", "--out", "times")
     assert (outcome.code, outcome.error) == (0, [])
-    assert listing(here / "times") == {"bench.json", "bench.csv"}
+    assert listing(here / "times") == {"bench.json", "bench.csv", "bench.html", "history.jsonl"}
 
 
 def test_the_accuracy_gate_keeps_the_failed_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

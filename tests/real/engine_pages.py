@@ -1,0 +1,56 @@
+"""Write docs/tensorrt_engines.md from bench/results/tensorrt_*.json: `.venv/bin/python tests/real/engine_pages.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "tensorrt_engines.md"
+FORMS = ("int8 Q/DQ", "int4 uniform", "codebook 4", "codebook 3", "codebook 2", "codebook 4 + rank 4")
+TITLES = {"layers": "Single products", "real": "Real checkpoints", "zoo": "Networks of tests/zoo"}
+Row: TypeAlias = Mapping[str, Any]
+
+HEAD = """# Bytes of engines
+
+Built by TensorRT-RTX 1.7.1 without a GPU, for SM86, any batch of 1 to 32 (`vision` and `cells`: 2), with
+`python tests/real/tensorrt_table.py layers|real|zoo`. Bytes only: no speed was measured. An entry is the engine in kB
+and its share of the dense float32 one; "stored" holds weights packed wherever TensorRT can, "chosen" is what
+`optimize export` builds. In brackets: layers kept as the model stores them, and layers that fall back to int8 or to
+floats, `float32` included. `model.engine.json` gives the reason for each; `optimize export` prints them.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """Return the page as the results are now."""
+    return "\n".join([HEAD, *(_section(what) for what in TITLES)])
+
+
+def _section(what: str) -> str:
+    rows: Sequence[Row] = json.loads((ROOT / "bench" / "results" / f"tensorrt_{what}.json").read_text())
+    columns = [f"{form}, {choice}" for form in FORMS for choice in ("stored", "chosen")]
+    lines = [f"## {TITLES[what]}\n", f"| | dense fp32 | dense fp16 | {' | '.join(columns)} |"]
+    lines.append("|" + "---|" * (3 + len(columns)))
+    for network in dict.fromkeys(row["network"] for row in rows):
+        mine = {(row["form"], row.get("choice")): row for row in rows if row["network"] == network}
+        dense = [_cell(mine[f"dense {precision}", None], mine) for precision in ("fp32", "fp16")]
+        cells = [_cell(mine[form, choice], mine) for form in FORMS for choice in ("stored", "smallest")]
+        lines.append(f"| {network} | {' | '.join([*dense, *cells])} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(row: Row, network: Mapping[tuple[str, str | None], Row]) -> str:
+    size, whole = row["engine_bytes"], network["dense fp32", None]["engine_bytes"]
+    held = f" [{row['kept']}, {row['fallback']}]" if row["kept"] or row["fallback"] else ""
+    return f"{size / 1000:,.0f} ({size / whole:.2f}x){held}"
+
+
+if __name__ == "__main__":
+    main()
