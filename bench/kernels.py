@@ -10,7 +10,8 @@ bytes of codes and scales over the best time, beside what this machine reads in 
 Beside our forms stand the limits that were measured in the same rounds (`kernel_limits.py`), in microseconds a layer:
 `bytes_us` (reading), `kernel_us` (the kernel's instructions, on rows that stay in the first cache; one token), and
 `products_us` (int8: its byte products at the rate that registers give). `limit_us` is the largest of them. Several
-threads are taken to be as many times as fast. In exact mode with more than one token reading alone is known. Convolutions: `kernel_convs.py`.
+threads are taken to be as many times as fast. In exact mode with more than one token reading alone is known.
+Convolutions: `kernel_convs.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does a service stay as it is? A model under Poisson load for half an hour: errors, memory, latency from third to third.
+"""Does a service stay as it is? A model under Poisson load for half an hour: errors, memory, latency by thirds.
 
 Each window of a run (15 s) becomes one line of a file as it ends: requests, errors, percentiles from when requests were
 due, resident memory. A run that was stopped goes on where it was; what counts is measured afterwards from all windows.

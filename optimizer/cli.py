@@ -167,7 +167,7 @@ def export(folder: Path, target: str, out: Path | None, force: bool, **options: 
     """Lower the model of an output folder."""
     from . import targets
 
-    path = targets.export(folder, target, out, force=force, settings=_engine_settings(target, options))
+    path = targets.export(folder, target, out, force=force, settings=targets.engine_settings(target, options))
     for line in targets.explain(path, target):
         click.echo(line)
     click.echo(path)
@@ -182,8 +182,9 @@ def export(folder: Path, target: str, out: Path | None, force: bool, **options: 
 def bundle(folder: Path, target: str, out: Path | None, force: bool, **options: Any) -> None:
     """Make a folder that a board builds its TensorRT engine from."""
     from ..exporters import bundle as bundles
+    from . import targets
 
-    chosen = bundles.Options(**_engine_settings("tensorrt", options))
+    chosen = bundles.Options(**targets.engine_settings("tensorrt", options))
     click.echo(bundles.bundle(folder, target, out, chosen, force=force))
 
 
@@ -344,26 +345,6 @@ def _usage(error: click.ClickException) -> str:
 def _settings(options: dict[str, Any]) -> tuple[str, ...]:
     seed = options.get("seed")
     return (*options["settings"], *(() if seed is None else (f"seed={seed}",)))
-
-
-def _engine_settings(target: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the Options of tensorrt that were given; RecipeError if another target was."""
-    given = {name: value for name, value in options.items() if value not in (None, (), False)}
-    if not given or target != "tensorrt":
-        for name in given:
-            raise RecipeError(f"--{name.replace('_', '-')} is of --target tensorrt", fix="leave it out")
-        return {}
-    from ..exporters import tensorrt_profile
-
-    if "profile" in given:
-        given["profile"] = tensorrt_profile.parse(given["profile"])
-    if "keep" in given:
-        given["keep"] = frozenset(given["keep"])
-    if "sm" in given:
-        given["sm"] = tuple(given["sm"].split(","))
-    if "memory_limit" in given:
-        given["memory_bytes"] = given.pop("memory_limit") * 2**20
-    return given
 
 
 def _run(recipe: Recipe, options: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def run(windows: int, rate: float = 500.0) -> dict[str, object]:
         return soak.soak(Path("a.onnx"), spec, lambda _path, _options: Sleeper(), (rate, 0.02 * windows, out))
 
-    with pytest.raises(InputError, match="soak: 3 windows of 0.02 s are too few; run 12 or more"):
+    with pytest.raises(InputError, match=r"soak: 3 windows of 0\.02 s are too few; run 12 or more"):
         run(3)
     before = out.read_text().splitlines()
     with out.open("a") as file:
