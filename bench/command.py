@@ -120,8 +120,9 @@ def recipe_spec(bench: BenchSpec, seed: int, where: str) -> Any:
     for name, child in bench.settings.items():
         if name not in known:
             raise child.error(f'there is no key "{name}"', nearest(name, names))
-    given = {name: tree.of_plain(getattr(bench, name), where) for name in ("batch", "threads") if name in known}
-    spec = tree.build(module.Spec, tree.Node(value={**given, **bench.settings}, where=where), "bench")
+    values = {name: tree.of_plain(getattr(bench, name), where) for name in known & {"batch", "threads"}}
+    values |= bench.settings
+    spec = tree.build(module.Spec, tree.Node(value=values, where=where), "bench")
     return replace(spec, seed=seed)
 
 

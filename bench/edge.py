@@ -159,8 +159,14 @@ def _measure(bench: _Bench) -> list[Row]:
         Cell(feeds=tuple(cell), sampling=spec.sampling(threads, batch))
         for batch, cell in zip(spec.batch, feeds, strict=True)
     ]
-    fixed = {"paths": bench.paths, "options": bench.options, "open_": bench.open_, "state": dict(spec.state)}
-    work = Work(cells=tuple(cells), seed=spec.seed, **fixed)
+    work = Work(
+        paths=bench.paths,
+        options=bench.options,
+        open_=bench.open_,
+        cells=tuple(cells),
+        state=dict(spec.state),
+        seed=spec.seed,
+    )
     with Watch(device_of(runners[0].name)) as watch:
         clusters = gather(work, spec.limits(len(bench.paths)), spec.fresh, watch.time_reference)
     seen = watch.summary()

@@ -68,22 +68,24 @@ def write(documents: Sequence[Mapping[str, Any]], out: Path) -> list[Json]:
     return found
 
 
-def _arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what the command line says, and what stands after `--`."""
+    split = list(words).index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(prog="python -m paredown.bench.repeat", description="How honest intervals are.")
     parser.add_argument("artifacts", nargs=2, type=Path)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("options", nargs="*", help="after --: options of optimize bench")
-    return parser.parse_args()
+    parser.epilog = "What stands after -- is passed to optimize bench."
+    return parser.parse_args(words[:split]), list(words[split + 1 :])
 
 
 if __name__ == "__main__":
-    arguments = _arguments()
+    asked, options = arguments(sys.argv[1:])
     done = []
-    for number in range(arguments.times):
-        done.append(bench(arguments.artifacts, arguments.options))
-        print(f"{number + 1}/{arguments.times}: {done[-1]['verdict']}", flush=True)
-    entries = write(done, arguments.out)
+    for number in range(asked.times):
+        done.append(bench(asked.artifacts, options))
+        print(f"{number + 1}/{asked.times}: {done[-1]['verdict']}", flush=True)
+    entries = write(done, asked.out)
     for entry in entries:
         print(
             f"batch {entry['batch']}, threads {entry['threads']}: {entry['inside_first']} of {len(done)} in the first "

@@ -58,7 +58,7 @@ def _watts(paths: tuple[Path, ...]) -> float:
 
 
 def _hwmon(root: Path) -> dict[str, tuple[Path, ...]]:
-    found = {}
+    found: dict[str, tuple[Path, ...]] = {}
     for chip in sensors.folders(root, "sys/class/hwmon/hwmon*"):
         for path in sorted(chip.glob("in*_label")) if sensors.text(chip / "name") == "ina3221" else ():
             channel, label = re.sub(r"\D", "", path.name), sensors.text(path) or ""
@@ -71,7 +71,7 @@ def _hwmon(root: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def _iio(root: Path) -> dict[str, tuple[Path, ...]]:
-    found = {}
+    found: dict[str, tuple[Path, ...]] = {}
     for device in sensors.folders(root, "sys/bus/i2c/drivers/ina3221x/*/iio:device*"):
         for path in sorted(device.glob("rail_name_*")):
             power = device / f"in_power{path.name[-1]}_input"

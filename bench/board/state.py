@@ -110,11 +110,12 @@ def drift(before: State, during: Sequence[State], after: State) -> tuple[str, ..
     not differ by more than DRIFT between the PARTS of the measurement. An idle machine may clock down: readings before
     and after count for the reference work and for throttling only.
     """
-    clocks = [max(state.cpu_mhz) for state in during if state.cpu_mhz]
+    cores = [max(state.cpu_mhz) for state in during if state.cpu_mhz]
     work = [state.reference_ms for state in (before, *during, after) if state.reference_ms is not None]
-    found = _moved("the CPU clock", clocks, "MHz") if clocks else _moved("the reference work", work, "ms")
+    found = _moved("the CPU clock", cores, "MHz") if cores else _moved("the reference work", work, "ms")
     for name in sorted({name for state in during for name in state.gpu_mhz or {}}):
-        found += _moved(f"the clock of {name}", [s.gpu_mhz[name] for s in during if name in (s.gpu_mhz or {})], "MHz")
+        seen = [clocks[name] for clocks in (state.gpu_mhz or {} for state in during) if name in clocks]
+        found += _moved(f"the clock of {name}", seen, "MHz")
     return tuple(found + _throttled(before, during, after))
 
 

@@ -40,3 +40,13 @@ def test_the_file_holds_every_run(tmp_path: Path) -> None:
     assert document["times"] == 2
     assert document["environment"] == {"os": "x"}
     assert document["pairs"][0]["ratios"] == [0.5, 0.502]
+
+
+def test_what_stands_after_two_dashes_goes_to_the_benchmark() -> None:
+    asked, options = repeat.arguments(["a.onnx", "b.onnx", "--times", "3", "--out", "r", "--", "--batch", "32"])
+    assert ([path.name for path in asked.artifacts], asked.times, options) == (
+        ["a.onnx", "b.onnx"],
+        3,
+        ["--batch", "32"],
+    )
+    assert repeat.arguments(["a.onnx", "b.onnx", "--out", "r"])[1] == []
