@@ -133,7 +133,7 @@ def _ours(shape: Shape, bits: int) -> onnx.ModelProto:
         "bias": np.zeros(1, np.float32),
     }
     op = ConvOp()
-    attributes = conv_attributes(spec, TensorProto.FLOAT, conv)
+    attributes: dict[str, Any] = conv_attributes(spec, TensorProto.FLOAT, conv)
     return _model([helper.make_node(op.name, ["x", *weights], ["y"], domain=DOMAIN, **attributes)], weights)
 
 

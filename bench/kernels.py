@@ -229,7 +229,7 @@ def _shares(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _law(row: dict[str, Any]) -> float:
-    return max(row["bytes_us"], row["products_us"] or 0.0)
+    return float(max(row["bytes_us"], row["products_us"] or 0.0))
 
 
 def _cells(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: Sequence[int]) -> Iterator[Cell]:

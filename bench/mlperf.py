@@ -116,7 +116,7 @@ def run(test: loadgen.Test, policy: Policy, job: tuple[Sequence[Path], Spec, Ope
     check_artifacts(artifacts)
     rows: list[Row] = []
     for threads in spec.threads:
-        trials = []
+        trials: list[Trial] = []
         for path in artifacts:
             done = len(rows) + len(trials)
             progress(done / len(artifacts) / len(spec.threads), f"{test.kind.lower()} {path.name}")

@@ -139,7 +139,7 @@ def _keep(key: str, content: dict[str, Any]) -> None:
 
 def _measure(job: dict[str, Any], cell: dict[str, Any], answers: queue.Queue[dict[str, Any]]) -> dict[str, Any]:
     """Return a cell: what each process timed, the state of the machine meanwhile, then energy and memory."""
-    device = "gpu" if job["artifacts"][0]["kind"] == "bundle" else "cpu"
+    device: watch.Device = "gpu" if job["artifacts"][0]["kind"] == "bundle" else "cpu"
     with watch.Watch(device, watch.root()) as watched:
         processes = _processes(job, cell, answers, watched)
     keys = ("seconds", "orders", "stable", "waited")
