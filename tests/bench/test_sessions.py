@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from paredown.bench import child, edge, sessions
+from paredown.bench.board import sampling
 from paredown.exporters import onnx as exporter
 from paredown.exporters.runner import RunnerOptions
 from paredown.optimizer.errors import ExportError
@@ -92,7 +93,7 @@ def test_the_state_of_a_real_model_is_its_own(tmp_path: Path) -> None:
     runner = exporter.open(path, RunnerOptions(threads=1))
     spec = _spec(state={"stateN": "state"}, inputs={"sr": 16000}, dims={"sequence": 576})
     feeds = edge.feeds_of(runner, spec, 1)
-    call = edge.streaming.frame(runner, feeds, spec.state)
+    call = sampling.frame(runner, feeds, spec.state)
     state = np.zeros((2, 1, 128), np.float32)
     for _ in range(5):
         call()
