@@ -58,6 +58,7 @@ def run(request: Request, progress: Progress) -> list[Row]:
     from rich.console import Console
 
     modules = {name: scenario(name, "--scenario") for name in request.scenario.split(",")}
+    _check_settings(list(modules.values()), request.settings)
     specs = {name: _spec(module, request) for name, module in modules.items()}
     board = check_device(request.device, request.scenario, "--device")
     progress.stage("benchmark")
@@ -126,13 +127,21 @@ def recipe_spec(bench: BenchSpec, seed: int, where: str) -> Any:
     return replace(spec, seed=seed)
 
 
-def _spec(module: Any, request: Request) -> Any:
-    known = {item.name for item in fields(module.Spec)}
-    settings = {name: _setting(name, value) for name, value in request.settings.items()}
+def _check_settings(modules: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    """Raise RecipeError for an option that none of the scenarios has."""
+    known = {item.name for module in modules for item in fields(module.Spec)}
+    names = [module.__name__.rpartition(".")[2] for module in modules]
     for name in settings:
         if name not in known:
-            option, scenario = "--" + name.replace("_", "-"), module.__name__.rpartition(".")[2]
-            raise RecipeError(f"the scenario {scenario} has no {option}", where=option, fix="leave it out")
+            option = "--" + name.replace("_", "-")
+            who = f"the scenario {names[0]} has no" if len(names) == 1 else f"none of {', '.join(names)} has"
+            raise RecipeError(f"{who} {option}", where=option, fix="leave it out")
+
+
+def _spec(module: Any, request: Request) -> Any:
+    """Return a scenario's Spec from those of the options that it has."""
+    known = {item.name for item in fields(module.Spec)}
+    settings = {name: _setting(name, value) for name, value in request.settings.items() if name in known}
     if request.out is not None and "logs" in known:
         settings["logs"] = request.out / "loadgen"
     return module.Spec(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paredown.bench import command, edge
+from paredown.bench import command, edge, server, stages
 from paredown.optimizer import recipe
 from paredown.optimizer.errors import RecipeError
 
@@ -22,9 +22,8 @@ def test_an_unknown_scenario_gets_the_nearest_name() -> None:
 
 
 def test_an_option_of_another_scenario_is_an_error() -> None:
-    request = command.Request(artifacts=(), settings={"min_secs": 1.0})
     with pytest.raises(RecipeError, match="the scenario edge has no --min-secs"):
-        command._spec(edge, request)
+        command._check_settings([edge], {"min_secs": 1.0})
 
 
 def test_pairs_of_the_command_line_are_mappings() -> None:
@@ -71,3 +70,12 @@ def test_a_key_that_the_scenario_lacks_is_told_with_its_line(line: str, says: st
     assert bench is not None
     with pytest.raises(RecipeError, match=says):
         command.recipe_spec(bench, 0, "r.yaml:1")
+
+
+def test_an_option_may_belong_to_one_of_several_scenarios() -> None:
+    settings = {"p99_ms": 5.0}
+    command._check_settings([edge, server], settings)
+    assert command._spec(server, command.Request(artifacts=(), settings=settings)).p99_ms == 5
+    assert command._spec(edge, command.Request(artifacts=(), settings=settings)) == edge.Spec()
+    with pytest.raises(RecipeError, match="none of edge, stages has --p99-ms"):
+        command._check_settings([edge, stages], settings)

@@ -119,7 +119,7 @@ def test_bad_options_say_what_to_do() -> None:
     with pytest.raises(RecipeError, match='--concurrency: "1,x" is not a list of whole numbers'):
         command._spec(server, command.Request(artifacts=(), settings={"concurrency": "1,x"}))
     with pytest.raises(RecipeError, match="the scenario offline has no --p99-ms"):
-        command._spec(offline, command.Request(artifacts=(), settings={"p99_ms": 15.0}))
+        command._check_settings([offline], {"p99_ms": 15.0})
 
 
 def test_the_interval_of_the_throughput_ratio_holds_the_ratio() -> None:
