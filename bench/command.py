@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ..optimizer import tree
 from ..optimizer.errors import InputError, RecipeError, nearest
-from . import compare
+from . import compare, device, remote
 from .environment import fingerprint
 from .rows import Row
 
-SCENARIOS = ("edge",)
+if TYPE_CHECKING:
+    from ..optimizer.sections import BenchSpec
+
+SCENARIOS = ("edge", "singlestream", "multistream", "server", "offline", "stages")
+LISTS = ("concurrency",)
+"""Options that are lists of whole numbers."""
 """Each is a module of this folder: `Spec`, whose fields are its options, and `run(artifacts, spec, open, progress)`."""
 
 
@@ -31,6 +37,7 @@ class Progress(Protocol):
 class Request:
     """The command line as it was written; the first artifact is the baseline.
 
+    device: the address of a board that measures instead of this machine, ssh://user@host:port.
     settings: options that only some scenarios have, as fields of the scenario's Spec.
     """
 
@@ -42,6 +49,7 @@ class Request:
     seed: int = 0
     no_kernels: bool = False
     out: Path | None = None
+    device: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -49,21 +57,52 @@ def run(request: Request, progress: Progress) -> list[Row]:
     """Measure the artifacts, print a table, write bench.json and bench.csv where `out` says."""
     from rich.console import Console
 
-    from ..exporters import onnx
-
-    module = scenario(request.scenario, "--scenario")
-    for path in request.artifacts:
-        if path.suffix != onnx.suffix:
-            raise InputError("is not an ONNX file", where=str(path), fix="name .onnx files, the original first")
-    spec = _spec(module, request)
+    modules = {name: scenario(name, "--scenario") for name in request.scenario.split(",")}
+    _check_settings(list(modules.values()), request.settings)
+    specs = {name: _spec(module, request) for name, module in modules.items()}
+    board = check_device(request.device, request.scenario, "--device")
     progress.stage("benchmark")
-    rows: list[Row] = module.run(request.artifacts, spec, onnx.open, _stepper(progress))
+    parts = [
+        measure(module, request.artifacts, specs[name], board, _stepper(progress)) for name, module in modules.items()
+    ]
+    found = replace(parts[0], rows=[row for part in parts for row in part.rows])
     progress.close()
-    compare.show(rows, Console())
+    console = Console()
+    for note in found.notes:
+        console.print(note, markup=False, highlight=False)
+    compare.show(found.rows, console)
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
-        compare.write(rows, request.out, fingerprint())
-    return rows
+        compare.write(found.rows, request.out, found.environment)
+    return found.rows
+
+
+def check_device(address: str, scenario: str, where: str) -> device.Device | None:
+    """Return the board of an address, None for this machine; RecipeError where a scenario cannot run there."""
+    if not address:
+        return None
+    if scenario != "edge":
+        raise RecipeError(f"the scenario {scenario} runs on this machine only", where=where, fix="use edge on a board")
+    return device.parse(address, where)
+
+
+def measure(
+    module: Any,
+    artifacts: Sequence[Path],
+    spec: Any,
+    board: device.Device | None,
+    progress: Callable[[float, str], None],
+) -> remote.Found:
+    """Return the rows of a scenario with the environment that they were taken in: a board, or this machine."""
+    from ..exporters import onnx
+
+    if board is not None:
+        return remote.run(artifacts, spec, board, progress)
+    for path in artifacts:
+        if path.suffix != onnx.suffix:
+            raise InputError("is not an ONNX file", where=str(path), fix="name .onnx files, the original first")
+    rows: list[Row] = module.run(artifacts, spec, onnx.open, progress)
+    return remote.Found(rows=rows, environment=fingerprint())
 
 
 def scenario(name: str, where: str) -> Any:
@@ -74,20 +113,72 @@ def scenario(name: str, where: str) -> Any:
     return importlib.import_module(f"{__package__}.{name}")
 
 
-def _spec(module: Any, request: Request) -> Any:
-    known = {item.name for item in fields(module.Spec)}
-    for name in request.settings:
+def recipe_spec(bench: BenchSpec, seed: int, where: str) -> Any:
+    """Return the scenario's Spec that a recipe's `bench` asks for; a key that it does not have is a RecipeError."""
+    module = scenario(bench.scenario, where)
+    known = tree.known_keys((module.Spec,))
+    names = known | tree.known_keys((type(bench),))
+    for name, child in bench.settings.items():
+        if name not in known:
+            raise child.error(f'there is no key "{name}"', nearest(name, names))
+    values = {name: tree.of_plain(getattr(bench, name), where) for name in known & {"batch", "threads"}}
+    values |= bench.settings
+    spec = tree.build(module.Spec, tree.Node(value=values, where=where), "bench")
+    return replace(spec, seed=seed)
+
+
+def _check_settings(modules: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    """Raise RecipeError for an option that none of the scenarios has."""
+    known = {item.name for module in modules for item in fields(module.Spec)}
+    names = [module.__name__.rpartition(".")[2] for module in modules]
+    for name in settings:
         if name not in known:
             option = "--" + name.replace("_", "-")
-            raise RecipeError(f"the scenario {request.scenario} has no {option}", where=option, fix="leave it out")
+            who = f"the scenario {names[0]} has no" if len(names) == 1 else f"none of {', '.join(names)} has"
+            raise RecipeError(f"{who} {option}", where=option, fix="leave it out")
+
+
+def _spec(module: Any, request: Request) -> Any:
+    """Return a scenario's Spec from those of the options that it has."""
+    known = {item.name for item in fields(module.Spec)}
+    settings = {name: _setting(name, value) for name, value in request.settings.items() if name in known}
+    if request.out is not None and "logs" in known:
+        settings["logs"] = request.out / "loadgen"
     return module.Spec(
         batch=_numbers("--batch", request.batch),
         threads=_numbers("--threads", request.threads),
         dims=dict(_dim(text) for text in request.dims),
         seed=request.seed,
         kernels=not request.no_kernels,
-        **request.settings,
+        **settings,
     )
+
+
+def _setting(name: str, value: Any) -> Any:
+    """Return a setting as its field holds it: pairs NAME=VALUE are a mapping, lists are numbers."""
+    if name in LISTS:
+        return _numbers(f"--{name}", value)
+    if name == "state":
+        return dict(_pair("--state", text) for text in value)
+    if name == "inputs":
+        return {key: _value(text) for key, text in (_pair("--input", text) for text in value)}
+    return value
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise RecipeError(f'"{text}" is not a pair', where=option, fix=f"write {option} NAME=VALUE")
+    return name, value
+
+
+def _value(text: str) -> int | float:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    raise RecipeError(f'"{text}" is not a number', where="--input", fix="write --input sr=16000")
 
 
 def _stepper(progress: Progress) -> Callable[[float, str], None]:

@@ -29,18 +29,63 @@ def verdict(rows: Sequence[Row], reason: str = "") -> str:
 
 
 def caution(rows: Sequence[Row]) -> str:
-    """Return why these numbers should not be trusted, in one sentence; "" if nothing speaks against them."""
-    doubts = {row.artifact: found for row in rows if (found := words.doubt(row.report()))}
-    if doubts:
-        return "; ".join(f"{name}: {found}" for name, found in doubts.items()) + "."
+    """Return why these numbers should not be trusted, a sentence for each reason; "" if nothing speaks against them."""
+    return " ".join((*_invalid(rows), *_busy(rows), *drifts(rows)))
+
+
+def drifts(rows: Sequence[Row]) -> list[str]:
+    """Return one sentence for each measurement under which the machine changed."""
+    found: dict[str, str] = {}
+    for row in rows:
+        reasons = row.details.get("drift_reasons")
+        if row.details.get("drifted") and isinstance(reasons, list):
+            threads = f"{row.threads or 'all'} thread{'s' * (row.threads != 1)}"
+            found.setdefault("; ".join(map(str, reasons)), threads)
+    return [f"The machine drifted at {threads}: {reasons}." for reasons, threads in found.items()]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Return what a row says that the table has no column for: real time and energy, a sentence each."""
+    return [sentence for row in rows for sentence in (*_real_time(row), *_energy(row))]
+
+
+def _invalid(rows: Sequence[Row]) -> list[str]:
+    found = {row.artifact: words.doubt(row.report()) for row in rows if not row.details.get("drifted")}
+    told = [f"{name}: {doubt}" for name, doubt in found.items() if doubt]
+    return ["; ".join(told) + "."] if told else []
+
+
+def _busy(rows: Sequence[Row]) -> list[str]:
     waited = max((row.waited or 0.0 for row in rows), default=0.0)
     if waited > BUSY:
-        return (
-            f"The machine was busy: {100 * waited:.0f} % of the time a core was missing; measure again on an idle one."
-        )
+        share = f"{100 * waited:.0f} % of the time a core was missing"
+        return [f"The machine was busy: {share}; measure again on an idle one."]
     if not all(row.stable for row in rows):
-        return "Latencies had not settled when the warm-up ended; measure longer or on an idle machine."
-    return ""
+        return ["Latencies had not settled when the warm-up ended; measure longer or on an idle machine."]
+    return []
+
+
+def _real_time(row: Row) -> list[str]:
+    if "frame_ms" not in row.details:
+        return []
+    p50, p99, missed = (row.details[f"{key}"] for key in _REAL_TIME)
+    frame = f"{row.artifact} takes {p50:.2g} of a frame of {row.details['frame_ms']:g} ms, {p99:.2g} at p99"
+    return [f"{frame}, and misses {_share(missed)} of its deadlines."]
+
+
+_REAL_TIME = ("real_time_factor_p50", "real_time_factor_p99", "missed_deadline_share")
+
+
+def _share(value: object) -> str:
+    return f"{100 * value:.2g} %" if isinstance(value, float) and value else "none"
+
+
+def _energy(row: Row) -> list[str]:
+    if row.energy_j is None:
+        return []
+    meter, idle, mean = (row.details.get(key) for key in ("meter", "idle_w", "mean_w"))
+    energy = f"{row.artifact} takes {1e3 * row.energy_j:.3g} mJ per sample above idle at batch {row.batch}"
+    return [f"{energy} ({meter}: {mean:.3g} W, idle {idle:.3g} W)."]
 
 
 def write(rows: Sequence[Row], folder: Path, environment: Mapping[str, object]) -> tuple[Path, Path]:
@@ -80,8 +125,10 @@ def show(rows: Sequence[Row], console: Console, reason: str = "") -> None:
     """Print the verdict, then the table."""
     console.print(verdict(rows, reason), markup=False, highlight=False)
     console.print(table(rows))
-    if caution(rows):
-        console.print(caution(rows), markup=False, highlight=False)
+    summaries = [str(row.details["summary"]) for row in rows if "summary" in row.details]
+    for sentence in (*summaries, *notes(rows), caution(rows)):
+        if sentence:
+            console.print(sentence, markup=False, highlight=False)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -90,7 +137,7 @@ def table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    marks = [_marks(row) for row in rows]
+    marks, mixed = [_marks(row) for row in rows], len({row.scenario for row in rows}) > 1
     told = [meaning for mark, meaning in _MEANINGS.items() if any(mark in found for found in marks)]
     caption = ", ".join(told) or None
     result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
@@ -98,7 +145,8 @@ def table(rows: Sequence[Row]) -> Table:
     for name in ("batch", "thr.", "p50 ms", "p90", "p99", "per s", "MB", "x baseline (95 %)"):
         result.add_column(name, justify="right", no_wrap=True)
     for row, mark in zip(rows, marks, strict=True):
-        result.add_row(Text(row.artifact + mark), *_cells(row))
+        name = f"{row.artifact}, {row.scenario}" if mixed else row.artifact
+        result.add_row(Text(name + mark), *_cells(row))
     return result
 
 

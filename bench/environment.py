@@ -1,10 +1,14 @@
-"""The fingerprint of a machine: what a number depends on, without anything that names a person, host or folder."""
+"""The fingerprint of a machine: what a number depends on, without anything that names a person, host or folder.
+
+A remote board runs this file too, so it is Python 3.8 and imports nothing of this package.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -71,10 +75,9 @@ def _memory_bytes() -> int | None:
 
 
 def _os_name() -> str:
-    try:
-        return platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
-    except OSError:
-        return platform.system()
+    """Return PRETTY_NAME of os-release, which Python reads itself from 3.10 on only."""
+    found = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text("/etc/os-release") or "", re.MULTILINE)
+    return found[1] if found else platform.system()
 
 
 def _version(package: str) -> str | None:

@@ -1,8 +1,13 @@
-"""95 % intervals for timings, honest about noise that lasts longer than one round."""
+"""95 % intervals for timings, honest about noise that lasts longer than one round, and as long as a process.
+
+Over several processes an interval says where a repetition lands: with 95 % probability the ratio of another benchmark
+of the same pair, of as many processes, lies in it. Within one process it covers that process alone.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +20,33 @@ Interval = tuple[float, float]
 RESAMPLES = 2000
 MIN_ROUNDS = 5
 """Below this many rounds no interval is given: resampling four numbers says nothing about a 95 % range."""
+
+MIN_PROCESSES = 3
+"""Below this many processes no interval is given over them: of two observations hardly anything follows."""
+
+
+def log_ratios(pairs: Sequence[tuple[Seconds, Seconds]]) -> NDArray[np.float64]:
+    """Return log `ratio` of each process, given its seconds and those of the baseline."""
+    return np.log([ratio(seconds, baseline) for seconds, baseline in pairs])
+
+
+def half_width(logs: NDArray[np.float64]) -> float:
+    """Return the half-width, relative, of the interval for the mean of another sample of as many processes.
+
+    t(0.975, n - 1) s sqrt(2 / n): one share of the variance is that of this mean, the other that of the repetition's
+    (prediction interval for a future sample mean, Hahn and Meeker 1991, 4.7). Infinite below MIN_PROCESSES.
+    """
+    count = len(logs)
+    if count < MIN_PROCESSES:
+        return math.inf
+    reach = float(stdtrit(count - 1, 0.975)) * float(np.std(logs, ddof=1)) * math.sqrt(2 / count)
+    return math.expm1(reach)
+
+
+def process_interval(centre: float, logs: NDArray[np.float64]) -> Interval | None:
+    """Return the interval around `centre`, a value whose logarithm in each process is `logs`; None for too few."""
+    reach = half_width(logs)
+    return None if math.isinf(reach) else (centre / (1 + reach), centre * (1 + reach))
 
 
 def median_interval(seconds: Seconds, rng: np.random.Generator) -> Interval | None:

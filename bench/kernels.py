@@ -6,6 +6,12 @@
 A layer is one ONNX node in a session. Every row alternates with the others of its cell (`measure.sample`); GB/s is the
 bytes of codes and scales over the best time, beside what this machine reads in the same run from a buffer of that size
 (warm), or over layers that together exceed the caches (cold).
+
+Beside our forms stand the limits that were measured in the same rounds (`kernel_limits.py`), in microseconds a layer:
+`bytes_us` (reading), `kernel_us` (the kernel's instructions, on rows that stay in the first cache; one token), and
+`products_us` (int8: its byte products at the rate that registers give). `limit_us` is the largest of them. Several
+threads are taken to be as many times as fast. In exact mode with more than one token reading alone is known.
+Convolutions: `kernel_convs.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,7 @@ import onnxruntime
 from ..exporters.onnx_session import session_options
 from ..kernels import native
 from ..kernels.lut_reference import decode
+from . import kernel_convs, kernel_limits
 from . import kernel_models as models
 from .environment import fingerprint
 from .kernel_models import Chain, Form
@@ -64,6 +71,14 @@ class Cell:
     layers: int = 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Seconds that one weight takes at one token, by form, and one product of bytes; one thread."""
+
+    kernel: Mapping[Form, float]
+    product: float
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options().parse_args(arguments)
     shapes = ((4096, 4096),) if options.quick else SHAPES
@@ -80,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "errors": errors(),
         "bars": bars(rows),
         "rows": rows,
+        "convolutions": kernel_convs.rows(threads, options.seconds),
     }
     _show_bars(document)
     if options.out:
@@ -99,24 +115,43 @@ def measured(cell: Cell, forms: Sequence[Form], seconds: float) -> Iterator[dict
     x = np.random.default_rng(0).standard_normal((cell.m, cell.k), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         calls = [_call(form, cell, Path(folder), x) for form in forms]
+        resident = {form: kernel_limits.resident(form, cell.k) for form in forms if form.ours and cell.m == 1}
+        products = kernel_limits.multiplied()
+        timed = [*resident.values(), products]
         limits = Sampling(
             min_seconds=seconds, min_count=10, max_seconds=20 * seconds, min_rounds=8, warmup_seconds=seconds
         )
-        samples = sample(calls, limits)
-    for form, times in zip(forms, samples.seconds, strict=True):
+        samples = sample([*calls, *(call for call, _ in timed)], limits)
+    least = [float(times.min()) / count for times, (_, count) in zip(samples.seconds[len(forms) :], timed, strict=True)]
+    rates = Rates(kernel=dict(zip(resident, least, strict=False)), product=least[-1])
+    for form, times in zip(forms, samples.seconds, strict=False):
         size = models.weight_bytes(form, cell.n, cell.k)
         best, middle = float(times.min()) / cell.layers, float(np.median(times)) / cell.layers
-        yield asdict(cell) | {
-            "form": form.name,
-            "bits": form.bits,
-            "min_us": best * 1e6,
-            "median_us": middle * 1e6,
-            "runs": int(times.size),
-            "weight_bytes": size,
-            "gb_per_s": size / best / 1e9,
-            "read_gb_per_s": read_gb_per_s(size if cell.layers == 1 else COLD_BYTES, cell.threads),
-            "waited": samples.waited,
-        }
+        read = read_gb_per_s(size if cell.layers == 1 else COLD_BYTES, cell.threads)
+        yield (
+            asdict(cell)
+            | {
+                "form": form.name,
+                "bits": form.bits,
+                "min_us": best * 1e6,
+                "median_us": middle * 1e6,
+                "runs": int(times.size),
+                "weight_bytes": size,
+                "gb_per_s": size / best / 1e9,
+                "read_gb_per_s": read,
+                "waited": samples.waited,
+            }
+            | (_limits(form, cell, rates, size / read / 1e3) if form.ours else {})
+        )
+
+
+def _limits(form: Form, cell: Cell, rates: Rates, bytes_us: float) -> dict[str, float | None]:
+    """Return the microseconds that a layer takes at least, by what limits it; None = was not measured here."""
+    work = cell.n * cell.k * 1e6 / cell.threads
+    kernel = work * rates.kernel[form] if form in rates.kernel else None
+    products = work * cell.m * rates.product if form.mode == "int8" else None
+    known = [limit for limit in (bytes_us, kernel, products) if limit is not None]
+    return {"bytes_us": bytes_us, "kernel_us": kernel, "products_us": products, "limit_us": max(known)}
 
 
 def read_gb_per_s(size: int, threads: int) -> float:
@@ -159,25 +194,42 @@ BARS: tuple[tuple[str, int, int, str, str, float], ...] = (
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each bar with the ratios measured, by threads, and the share of the bandwidth at one token."""
-    found = []
+    """Return each bar with the value measured, by threads, and `limit`: the value that the measured limits leave.
+
+    Ratios of the best times, and the share of the bandwidth at one token. Where `limit` misses the bar too, no change
+    but to the instructions of the kernel could reach it here; where `law` does, none could: it leaves those out.
+    """
+    return [*_ratios(rows), *_shares(rows)]
+
+
+def _ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for threads in sorted({row["threads"] for row in rows}):
-        best = {
-            (row["form"], row["n"], row["m"]): row["min_us"]
+        found = {
+            (row["form"], row["n"], row["m"]): row
             for row in rows
             if row["threads"] == threads and row["n"] == row["k"] and row["layers"] == 1
         }
         for ours, size, m, rival, _, bar in BARS:
-            if (ours, size, m) in best and (rival, size, m) in best:
-                ratio = best[ours, size, m] / best[rival, size, m]
-                what = f"{ours} / {rival}, {size} x {size}, m = {m}"
-                found.append({"what": what, "threads": threads, "value": ratio, "bar": bar, "met": ratio <= bar})
+            if (ours, size, m) not in found or (rival, size, m) not in found:
+                continue
+            row, other = found[ours, size, m], found[rival, size, m]["min_us"]
+            value = row["min_us"] / other
+            what = f"{ours} / {rival}, {size} x {size}, m = {m}"
+            limits = {"limit": row["limit_us"] / other, "law": _law(row) / other}
+            yield {"what": what, "threads": threads, "value": value, "bar": bar, "met": value <= bar} | limits
+
+
+def _shares(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         if row["form"].startswith("ours") and row["form"].endswith("int8") and row["m"] == 1 and row["n"] >= 4096:
             share, kind = row["gb_per_s"] / row["read_gb_per_s"], "cold" if row["layers"] > 1 else "warm"
             what = f"{row['form']} bytes/s of the bandwidth, {row['n']} x {row['k']}, {kind}"
-            found.append({"what": what, "threads": row["threads"], "value": share, "bar": 0.9, "met": share >= 0.9})
-    return found
+            limits = {"limit": row["bytes_us"] / row["limit_us"], "law": row["bytes_us"] / _law(row)}
+            yield {"what": what, "threads": row["threads"], "value": share, "bar": 0.9, "met": share >= 0.9} | limits
+
+
+def _law(row: dict[str, Any]) -> float:
+    return float(max(row["bytes_us"], row["products_us"] or 0.0))
 
 
 def _cells(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: Sequence[int]) -> Iterator[Cell]:
@@ -210,14 +262,13 @@ def _show(cell: Cell, rows: Sequence[dict[str, Any]]) -> None:
     kind = f", {cell.layers} layers (cold)" if cell.layers > 1 else ""
     table = Table(title=f"{cell.n} x {cell.k}, m = {cell.m}, {cell.threads} thread(s){kind}", title_justify="left")
     table.add_column("form")
-    for name in ("min us", "median us", "x fp32", "GB/s", "of the bandwidth"):
+    for name in ("min us", "median us", "x fp32", "GB/s", "of the bandwidth", "limit us"):
         table.add_column(name, justify="right")
     for row in rows:
         ratio = f"{row['min_us'] / rows[0]['min_us']:.3f}" if rows[0]["form"] == DENSE.name else "-"
         share = f"{100 * row['gb_per_s'] / row['read_gb_per_s']:.0f} %"
-        table.add_row(
-            row["form"], f"{row['min_us']:.1f}", f"{row['median_us']:.1f}", ratio, f"{row['gb_per_s']:.1f}", share
-        )
+        times = [f"{row['min_us']:.1f}", f"{row['median_us']:.1f}", ratio, f"{row['gb_per_s']:.1f}", share]
+        table.add_row(row["form"], *times, f"{row['limit_us']:.1f}" if "limit_us" in row else "")
     Console(width=110).print(table)
 
 
@@ -229,7 +280,11 @@ def _show_bars(document: dict[str, Any]) -> None:
         console.print(f"{row['form']}: relative error {row['relative_error']:.2e}")
     for row in document["bars"]:
         word = "met" if row["met"] else "NOT"
-        console.print(f"{word} {row['value']:.3f} (bar {row['bar']}) {row['what']}, {row['threads']} thread(s)")
+        limits = f"limit {row['limit']:.3f}, without instructions {row['law']:.3f}"
+        value = f"{row['value']:.3f} (bar {row['bar']}; {limits})"
+        console.print(f"{word} {value} {row['what']}, {row['threads']} thread(s)")
+    for row in document["convolutions"]:
+        console.print(f"{row['what']}, {row['threads']} thread(s), {row['form']}: {row['min_us']:.1f} us")
 
 
 def _options() -> argparse.ArgumentParser:

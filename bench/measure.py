@@ -1,19 +1,21 @@
-"""Time several calls fairly: alternating in one process, in rounds of random order, until time and count suffice."""
+"""Time several calls fairly: alternating in one process, in rounds of random order, until time and count suffice.
+
+The rules are in `board/sampling.py`, which a remote board runs too.
+"""
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..optimizer.errors import RecipeError
+from .board import sampling
+from .board.sampling import settled as settled
 
 Seconds: TypeAlias = NDArray[np.float64]
 Call: TypeAlias = Callable[[], object]
@@ -70,91 +72,4 @@ def sample(calls: Sequence[Call], spec: Sampling, clock: Clock = time.perf_count
     """Return timings of all calls. Cost: about min_seconds per call, plus the warm-up."""
     if not calls:
         raise RecipeError("there is nothing to measure", where="bench", fix="name at least one artifact")
-    rng = np.random.default_rng(spec.seed)
-    with _no_garbage_collection():
-        bursts = [_burst(call, spec, clock) for call in calls]
-        stable = _warm_up(calls, bursts, spec, clock)
-        return _measure(calls, bursts, spec, (rng, clock, stable))
-
-
-def settled(medians: Sequence[float], rounds: int, spread: float) -> bool:
-    """Return whether the last `rounds` medians lie within `spread` of each other, relative to their middle."""
-    last = list(medians)[-rounds:]
-    return len(last) == rounds and max(last) - min(last) <= spread * float(np.median(last))
-
-
-def _burst(call: Call, spec: Sampling, clock: Clock) -> int:
-    """Return how many runs make one burst; the first run, which allocates, is not counted."""
-    call()
-    seconds = float(np.median(_time(call, 3, clock)))
-    wanted = spec.burst_seconds / seconds if seconds > 0 else spec.max_burst
-    return int(np.clip(np.ceil(wanted), 1, spec.max_burst))
-
-
-def _warm_up(calls: Sequence[Call], bursts: Sequence[int], spec: Sampling, clock: Clock) -> bool:
-    medians: list[list[float]] = [[] for _ in calls]
-    end = clock() + spec.warmup_seconds * len(calls)
-    while clock() < end:
-        for call, burst, row in zip(calls, bursts, medians, strict=True):
-            row.append(float(np.median(_time(call, burst, clock))))
-        if all(settled(row, spec.warmup_rounds, spec.warmup_spread) for row in medians):
-            return True
-    return False
-
-
-def _measure(
-    calls: Sequence[Call], bursts: Sequence[int], spec: Sampling, run: tuple[np.random.Generator, Clock, bool]
-) -> Samples:
-    rng, clock, stable = run
-    rounds: list[list[Seconds]] = [[] for _ in calls]
-    orders: list[tuple[int, ...]] = []
-    start, wall, waiting = clock(), time.perf_counter(), _seconds_without_core()
-    while not _enough(rounds, clock() - start, spec):
-        order = tuple(int(index) for index in rng.permutation(len(calls)))
-        for index in order:
-            rounds[index].append(_time(calls[index], bursts[index], clock))
-        orders.append(order)
-    waited = None if waiting is None else ((_seconds_without_core() or 0.0) - waiting) / (time.perf_counter() - wall)
-    return Samples(seconds=tuple(np.stack(row) for row in rounds), orders=tuple(orders), stable=stable, waited=waited)
-
-
-def _enough(rounds: Sequence[Sequence[Seconds]], elapsed: float, spec: Sampling) -> bool:
-    count = len(rounds[0])
-    if count < spec.min_rounds:
-        return elapsed >= spec.max_seconds * len(rounds) and count >= max(spec.min_rounds // 4, 1)
-    if elapsed >= spec.max_seconds * len(rounds):
-        return True
-    return all(
-        sum(float(part.sum()) for part in row) >= spec.min_seconds and sum(map(len, row)) >= spec.min_count
-        for row in rounds
-    )
-
-
-def _time(call: Call, count: int, clock: Clock) -> Seconds:
-    seconds = np.empty(count)
-    for index in range(count):
-        start = clock()
-        call()
-        seconds[index] = clock() - start
-    return seconds
-
-
-def _seconds_without_core() -> float | None:
-    """Return how long all threads of this process have waited for a core so far (Linux schedstat, second field)."""
-    try:
-        stats = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
-        return sum(int(fields[1]) for fields in stats) * 1e-9 if stats else None
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    return Samples(**sampling.sample(calls, spec, clock))

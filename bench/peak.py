@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .child import ChildError, ask
 from .feeds import Feeds
 
 if TYPE_CHECKING:
     from ..exporters.runner import Open, RunnerOptions
 
 TIMEOUT_SECONDS = 600
-_CHILD = "from paredown.bench.peak import child; child()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What the child does; it travels by pickle, so `open_` must be a function of an importable module."""
+    """What the child does; `open_` must be a function of an importable module."""
 
     path: Path
     options: RunnerOptions
@@ -37,24 +34,14 @@ def peak_rss_bytes(job: Job) -> int | None:
     the child cannot import, or a child that failed or took more than TIMEOUT_SECONDS.
     """
     try:
-        payload = pickle.dumps((job.path, job.options, job.open_, job.feeds))
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", _CHILD], input=payload, capture_output=True, timeout=TIMEOUT_SECONDS
-        )
-    except (pickle.PicklingError, AttributeError, TypeError, OSError, subprocess.TimeoutExpired):
+        return int(ask(open_and_run, job, timeout=TIMEOUT_SECONDS))
+    except ChildError:
         return None
-    found = re.search(rb"^VmHWM=(\d+)$", done.stdout, re.MULTILINE)
-    return int(found[1]) if done.returncode == 0 and found else None
 
 
-def child() -> None:
-    """Run the job on stdin and print the peak of this process. The bytes come from our own parent, by a pipe."""
-    path, options, open_, feeds = pickle.load(sys.stdin.buffer)
-    open_(path, options).run(feeds)
-    print(f"\nVmHWM={_high_water_mark()}")
-
-
-def _high_water_mark() -> int:
+def open_and_run(job: Job) -> int:
+    """Run the job and return the peak of this process."""
+    job.open_(job.path, job.options).run(job.feeds)
     found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     if found is None:
         raise OSError("/proc/self/status has no VmHWM")

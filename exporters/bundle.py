@@ -37,7 +37,7 @@ from .tensorrt_profile import Sizes
 SCHEMA = "paredown.bundle/1"
 SETTINGS, SUMS, GRAPH, PLUGIN_GRAPH = "bundle.json", "SHA256SUMS", "model.onnx", "model.plugin.onnx"
 BOARD = Path(__file__).resolve().parent / "board"
-CARRIED = ("build.sh", "run.py")
+CARRIED = ("build.sh", "examples.py", "run.py")
 """Files of BOARD that go into every bundle as they are."""
 EMBEDDED = "plugin_aot.py"
 """The file of BOARD that goes with nodes of the plugin."""

@@ -119,22 +119,35 @@ def kernels() -> str:
     return ", ".join(native.isas()) if native.available() else ""
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Return the files beside this one that hold its weights; an InputError where one is missing or too short."""
+    if reason := _lacks(path):
+        raise InputError(reason, where=path.name, fix="keep both in one folder, or export it again")
+    return sorted({path.with_name(location) for location, _ in _weights_elsewhere(path)})
+
+
 def _lacks(path: Path) -> str:
     """Return which file with weights of this one is missing or too short, "" where none is."""
+    for location, end in _weights_elsewhere(path):
+        beside = path.with_name(location)
+        if not beside.is_file():
+            return f"its weights are in {location}, which is missing"
+        if beside.stat().st_size < end:
+            return f"its weights are in {location}, which is incomplete"
+    return ""
+
+
+def _weights_elsewhere(path: Path) -> list[tuple[str, int]]:
+    """Return the file of each tensor that is not in this one, and where in it the tensor ends."""
     import onnx  # takes memory that a process which runs a file does not need
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
     try:
         tensors = onnx.load(path, load_external_data=False).graph.initializer
-    except Exception:  # it is no ONNX file at all, which onnxruntime has said
-        return ""
-    for info in (ExternalDataInfo(tensor) for tensor in tensors if uses_external_data(tensor)):
-        beside, end = path.with_name(info.location), (info.offset or 0) + (info.length or 0)
-        if not beside.is_file():
-            return f"its weights are in {info.location}, which is missing"
-        if beside.stat().st_size < end:
-            return f"its weights are in {info.location}, which is incomplete"
-    return ""
+    except Exception:  # it is no ONNX file at all, which onnxruntime says
+        return []
+    found = (ExternalDataInfo(tensor) for tensor in tensors if uses_external_data(tensor))
+    return [(info.location, (info.offset or 0) + (info.length or 0)) for info in found]
 
 
 def _dtype(value: onnxruntime.NodeArg) -> str:

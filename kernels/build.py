@@ -74,7 +74,7 @@ class BuildError(RuntimeError):
     """The library cannot be built; the message says what to do, or what the compiler said."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True)
 class Record:
     """What a library was made of, as written beside it; `size` is its own, in bytes (0: by an older version)."""
 
@@ -86,7 +86,7 @@ class Record:
     size: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True)
 class Toolchain:
     """A compiler that answers: its command, the line in which it names itself, and the machine it compiles for."""
 
@@ -95,7 +95,7 @@ class Toolchain:
     machine: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True)
 class Unit:
     """One source file with the flags that are its own."""
 
@@ -148,7 +148,7 @@ def record(library: Path) -> Record | None:
 
 def sources_digest() -> str:
     """Return a hash of all files that the library is made of, to tell a stale library by."""
-    named = [(path.relative_to(KERNELS).as_posix(), path.read_bytes()) for path in _source_files()]
+    named = [(path.relative_to(KERNELS).as_posix(), path.read_bytes()) for path in source_files()]
     return _hash(*(part for name, data in named for part in (name.encode(), data)))
 
 
@@ -175,7 +175,7 @@ def _build(out: Path, tools: Toolchain, objects: Path) -> Path:
 
 def _instruction_sets(tools: Toolchain) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the sets to build for this machine, and those that the compiler cannot, with the reason."""
-    present = [path.stem.removeprefix("isa_") for path in sorted((KERNELS / "cpu").glob("isa_*.cpp"))]
+    present = [path.stem[len("isa_") :] for path in sorted((KERNELS / "cpu").glob("isa_*.cpp"))]
     unknown = [name for name in present if name not in ISAS]
     if unknown:
         raise BuildError(f"cpu/isa_{unknown[0]}.cpp has no flags; name it in ISAS of kernels/build.py")
@@ -243,7 +243,7 @@ def _includes(source: Path) -> list[Path]:
     return found
 
 
-def _source_files() -> list[Path]:
+def source_files() -> list[Path]:
     """Return the .cpp files of all machines and what they include, sorted."""
     sources = [path for folder in FOLDERS for path in (KERNELS / folder).glob("*.cpp")]
     return sorted({path for source in sources for path in _includes(source)})

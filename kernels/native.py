@@ -71,6 +71,8 @@ FUNCTIONS: tuple[tuple[str, type[object], list[type[object]]], ...] = (
     ("isa", c_char_p, []),
     ("use_isa", c_int32, [c_char_p]),
     ("read", c_uint64, [c_void_p, c_size_t, c_int32]),
+    ("repeat_linear", c_int32, [POINTER(Linear), c_int64]),
+    ("multiply_bytes", c_int64, [c_int64]),
 )
 """Name after paredown_, result and arguments of each function that is called from Python."""
 REGISTER = "RegisterCustomOps"
@@ -139,6 +141,16 @@ def use_isa(name: str) -> None:
 def read(address: int, count: int, threads: int) -> int:
     """Read memory as fast as the machine can, for benchmarks, and return its parity."""
     return int(library().paredown_read(address, count, threads))
+
+
+def repeat_linear(call: Linear, times: int) -> None:
+    """Round (or copy) a call's inputs once, then multiply by its weight `times` times; for benchmarks."""
+    check(library().paredown_repeat_linear(ctypes.byref(call), times))
+
+
+def multiply_bytes(count: int) -> int:
+    """Multiply at least so many pairs of bytes in registers, on one thread, and return how many; for benchmarks."""
+    return int(library().paredown_multiply_bytes(count))
 
 
 def check(status: int) -> None:

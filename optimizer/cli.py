@@ -167,7 +167,7 @@ def export(folder: Path, target: str, out: Path | None, force: bool, **options: 
     """Lower the model of an output folder."""
     from . import targets
 
-    path = targets.export(folder, target, out, force=force, settings=_engine_settings(target, options))
+    path = targets.export(folder, target, out, force=force, settings=targets.engine_settings(target, options))
     for line in targets.explain(path, target):
         click.echo(line)
     click.echo(path)
@@ -182,8 +182,9 @@ def export(folder: Path, target: str, out: Path | None, force: bool, **options: 
 def bundle(folder: Path, target: str, out: Path | None, force: bool, **options: Any) -> None:
     """Make a folder that a board builds its TensorRT engine from."""
     from ..exporters import bundle as bundles
+    from . import targets
 
-    chosen = bundles.Options(**_engine_settings("tensorrt", options))
+    chosen = bundles.Options(**targets.engine_settings("tensorrt", options))
     click.echo(bundles.bundle(folder, target, out, chosen, force=force))
 
 
@@ -199,26 +200,57 @@ def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
         click.echo(line)
 
 
+def _load(function: Any) -> Any:
+    at_least_1 = click.IntRange(min=1)
+    options = (
+        click.option("--min-queries", type=at_least_1, help="LoadGen: least queries of each.  [default: 1500]"),
+        click.option("--max-batch", type=at_least_1, help="LoadGen: samples in a batch.  [default: 8]"),
+        click.option("--max-delay-ms", type=float, help="LoadGen: how long a sample waits for others.  [default: 1]"),
+        click.option("--workers", type=at_least_1, help="LoadGen: threads that call the runtime.  [default: 1]"),
+        click.option("--samples-per-query", type=at_least_1, help="multistream.  [default: 8]"),
+        click.option("--p99-ms", type=float, help="server: the bound on the latency.  [default: 15]"),
+        click.option("--rate-per-s", type=float, help="server: run at this rate, search none."),
+        click.option("--concurrency", metavar="1,2,4", help="server: clients of a sweep that waits for answers."),
+        click.option("--pipeline", metavar="path.py:function", help="stages: what happens before and after the model."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @cli.command()
 @click.argument("artifacts", nargs=-1, required=True, type=_PATH)
-@click.option("--scenario", default="edge", show_default=True, help="How requests arrive.")
+@click.option(
+    "--scenario",
+    default="edge",
+    show_default=True,
+    help="How requests arrive: edge, singlestream, multistream, server, offline, stages, or several with commas.",
+)
 @click.option("--batch", default="1", show_default=True, help="Batch sizes, as in 1,32.")
 @click.option("--threads", default="1", show_default=True, help="Thread counts, as in 1,2.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a named dimension.")
-@click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1]")
+@click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1; LoadGen: 60]")
+@click.option("--processes", type=int, help="Least number of fresh processes.  [default: 6]")
+@click.option("--meter", help="Energy: auto, none, nvml, ina3221, tegrastats, rapl, or a module.  [default: auto]")
+@click.option("--frame-ms", type=float, help="Duration of a frame, for real-time factors.")
+@click.option("--state", multiple=True, metavar="OUTPUT=INPUT", help="Feed an output back in the next frame.")
+@click.option("--input", "inputs", multiple=True, metavar="NAME=VALUE", help="Fill an input with a value.")
+@_load
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
+@click.option("--device", default="", metavar="ssh://USER@HOST", help="A board that measures, reached by ssh.")
 @click.option("--out", type=_PATH, help="Folder for bench.json, bench.csv, bench.html.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
-    """Time artifacts against the first of them, interleaved in one process."""
+    """Time artifacts against the first of them, in turn, in several fresh processes."""
     out = options["out"]
     if out is not None and (out.is_file() or not out.parent.is_dir()):
         what = f'"{out}" is a file' if out.is_file() else f'the folder "{out.parent}" does not exist'
         raise RecipeError(what, where="--out", fix="name a folder to write")
     from ..bench import command
 
-    common = {name: options.pop(name) for name in ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out")}
-    settings = {name: value for name, value in options.items() if value is not None}
+    names = ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out", "device")
+    common = {name: options.pop(name) for name in names}
+    settings = {name: value for name, value in options.items() if value not in (None, ())}
     command.run(command.Request(artifacts=artifacts, settings=settings, **common), _reporter())
 
 
@@ -313,26 +345,6 @@ def _usage(error: click.ClickException) -> str:
 def _settings(options: dict[str, Any]) -> tuple[str, ...]:
     seed = options.get("seed")
     return (*options["settings"], *(() if seed is None else (f"seed={seed}",)))
-
-
-def _engine_settings(target: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the Options of tensorrt that were given; RecipeError if another target was."""
-    given = {name: value for name, value in options.items() if value not in (None, (), False)}
-    if not given or target != "tensorrt":
-        for name in given:
-            raise RecipeError(f"--{name.replace('_', '-')} is of --target tensorrt", fix="leave it out")
-        return {}
-    from ..exporters import tensorrt_profile
-
-    if "profile" in given:
-        given["profile"] = tensorrt_profile.parse(given["profile"])
-    if "keep" in given:
-        given["keep"] = frozenset(given["keep"])
-    if "sm" in given:
-        given["sm"] = tuple(given["sm"].split(","))
-    if "memory_limit" in given:
-        given["memory_bytes"] = given.pop("memory_limit") * 2**20
-    return given
 
 
 def _run(recipe: Recipe, options: dict[str, Any]) -> None:

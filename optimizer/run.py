@@ -108,12 +108,11 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("there is no file to measure", where=where, fix="write export: [onnx]")
     from ..bench import command
 
-    command.scenario(bench.scenario, where)
+    command.recipe_spec(bench, recipe.seed, where)
     if bench.runtime not in RUNTIMES:
         what = f'there is no runtime "{bench.runtime}" in this version'
         raise RuntimeMissingError(what, where=where, fix=nearest(bench.runtime, RUNTIMES))
-    if bench.device:
-        raise RuntimeMissingError(f'the device "{bench.device}" cannot be reached by this version', where=where)
+    command.check_device(bench.device, bench.scenario, where)
     first = recipe.model.inputs[0] if recipe.model and recipe.model.inputs else None
     fixed = first.shape[0] if first and first.shape else ""
     if isinstance(fixed, int) and bench.batch != (fixed,):
@@ -135,6 +134,7 @@ class _Run:
         planned = _planned(job, self.options)
         if self.recipe.bench is not None:  # before the steps, so that an operator without a form stops it at once
             self._export("export the original to compare with", job.model, self.recipe.export[0], "baseline")
+            self._greet_board()
         before = self._metric("measure the original", job.model.module(), job.fingerprint)
         settled = self._settled(job, planned)
         planned = settled.plan(planned) if settled else planned
@@ -315,21 +315,34 @@ class _Run:
             fix="use more bits, or keep the worst layers of the report dense with skip",
         )
 
+    def _greet_board(self) -> None:
+        """Raise now, and not after the steps, where the board that is to measure cannot."""
+        from ..bench import command, remote
+
+        assert self.recipe.bench is not None
+        bench = self.recipe.bench
+        board = command.check_device(bench.device, bench.scenario, self.recipe.at("bench"))
+        if board is not None:
+            self.reporter.stage("reach the board")
+            remote.check(board, ("onnxruntime",))
+
     def _bench(self, path: Path, parts: dict[str, Any]) -> Error | None:
         """Measure the file beside the original; slower is told, and with --strict an error if gates.never_slower."""
         from ..bench import command, compare
 
         assert self.recipe.bench is not None
-        target = exporter(self.recipe.export[0])
         original = path.with_stem("baseline")
         self.reporter.stage("benchmark")
         bench = self.recipe.bench
         scenario = command.scenario(bench.scenario, self.recipe.at("bench"))
-        spec = scenario.Spec(batch=bench.batch, threads=bench.threads, seed=self.recipe.seed)
+        spec = command.recipe_spec(bench, self.recipe.seed, self.recipe.at("bench"))
         progress = lambda share, text: self.reporter.update(share, 1, text)  # noqa: E731
-        rows = scenario.run([original, path], spec, target.open, progress)
-        parts["bench"] = [row.report() for row in rows]
-        parts["environment"]["bench_caution"] = compare.caution(rows)
+        board = command.check_device(bench.device, bench.scenario, self.recipe.at("bench"))
+        found = command.measure(scenario, [original, path], spec, board, progress)
+        parts["bench"] = [row.report() for row in found.rows]
+        parts["environment"]["bench_caution"] = compare.caution(found.rows)
+        if board is not None:
+            parts["environment"]["bench_device"] = found.environment
         if is_slower(parts["bench"]):
             why = summary.why_slower(parts)
             parts["decisions"].append({"layer": "*", "kept": "compressed", "reason": why})

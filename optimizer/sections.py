@@ -78,13 +78,17 @@ class Gates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchSpec:
-    """What to measure: every batch size with every number of threads."""
+    """What to measure: every batch size with every number of threads.
+
+    settings: the other keys, which are fields of the scenario's Spec; `bench/command.py` knows and checks them.
+    """
 
     runtime: str = "onnxruntime"
     scenario: str = "edge"
     batch: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
     device: str = ""
+    settings: Mapping[str, Node] = field(default_factory=dict, metadata={"rest": True})
 
     def __post_init__(self) -> None:
         for name in ("batch", "threads"):

@@ -67,6 +67,26 @@ def explain(path: Path, target: str) -> list[str]:
     return [f"{row['layer']}: {row['form']}, {'kept' if row['kept'] else 'fallback'}: {row['reason']}" for row in rows]
 
 
+def engine_settings(target: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the Options of tensorrt that were given; RecipeError if another target was."""
+    given = {name: value for name, value in options.items() if value not in (None, (), False)}
+    if not given or target != "tensorrt":
+        for name in given:
+            raise RecipeError(f"--{name.replace('_', '-')} is of --target tensorrt", fix="leave it out")
+        return {}
+    from ..exporters import tensorrt_profile
+
+    if "profile" in given:
+        given["profile"] = tensorrt_profile.parse(given["profile"])
+    if "keep" in given:
+        given["keep"] = frozenset(given["keep"])
+    if "sm" in given:
+        given["sm"] = tuple(given["sm"].split(","))
+    if "memory_limit" in given:
+        given["memory_bytes"] = given.pop("memory_limit") * 2**20
+    return given
+
+
 def verify(folder: Path, runtime: str, *, kernels: bool = True) -> list[str]:
     """Compare the exported artifact of a folder with its stored model; return a line per batch size.
 

@@ -2,7 +2,8 @@
 
 What a field's metadata may say: `flatten` (a nested dataclass whose keys lie in the same mapping; a field called
 `format` is one too), `aliases` (word -> value), `hidden` (no key of its own), `build` and `show` (functions Node ->
-value and value -> plain value).
+value and value -> plain value), `rest` (takes all keys that no field has, as a mapping of nodes: who knows them checks
+them later).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Pl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A value and where it was written ("recipe.yaml:12")."""
+    """A value and where it was written ("recipe.yaml:12"), which makes no two values different."""
 
     value: Value
-    where: str
+    where: str = dataclasses.field(compare=False)
 
     def plain(self) -> Any:
         """Return the value without places: None, bool, int, float, str, tuple or dict."""
@@ -71,8 +72,9 @@ def build_all(types: Sequence[type], node: Node, key: str = "this") -> tuple[Any
     """
     entries = node.mapping(key)
     known = known_keys(types)
+    takes_all = any(field.metadata.get("rest") for cls in types for field in dataclasses.fields(cls))
     for name, child in entries.items():
-        if name not in known:
+        if name not in known and not takes_all:
             raise child.error(f'there is no key "{name}"', nearest(name, known))
     values: list[Any] = []
     settled: dict[str, Any] = {}
@@ -89,7 +91,7 @@ def known_keys(types: Sequence[type]) -> set[str]:
         for field in dataclasses.fields(cls):
             if _is_flat(field):
                 names |= known_keys((get_type_hints(cls)[field.name],))
-            elif not field.metadata.get("hidden"):
+            elif not field.metadata.get("hidden") and not field.metadata.get("rest"):
                 names.add(field.name)
     return names
 
@@ -154,7 +156,9 @@ def _construct(cls: type, node: Node, settled: Mapping[str, Any]) -> Any:
         name = field.name
         if field.metadata.get("hidden"):
             continue
-        if _is_flat(field):
+        if field.metadata.get("rest"):
+            values[name] = {key: child for key, child in entries.items() if key not in known_keys((cls,))}
+        elif _is_flat(field):
             values[name] = _construct(hints[name], node, {**_plain_fields(_default(field)), **settled})
         elif name in entries:
             values[name] = _field(field, hints[name], entries[name])
@@ -206,7 +210,7 @@ def _plain_fields(value: Any) -> dict[str, Any]:
     for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
         if _is_flat(field):
             found |= _plain_fields(getattr(value, field.name))
-        elif not field.metadata.get("hidden"):
+        elif not field.metadata.get("hidden") and not field.metadata.get("rest"):
             found[field.name] = getattr(value, field.name)
     return found
 
@@ -217,6 +221,8 @@ def _show_fields(value: Any) -> dict[str, Any]:
         item = getattr(value, field.name)
         if _is_flat(field):
             found |= _show_fields(item)
+        elif field.metadata.get("rest"):
+            found |= {key: show(child.plain()) for key, child in item.items()}
         elif not field.metadata.get("hidden"):
             found[field.name] = field.metadata["show"](item) if "show" in field.metadata else show(item)
     return found

@@ -28,11 +28,15 @@ Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "onnx_ir": "onnx-ir", "PIL": "pillow"}
 """Modules whose distribution has another name."""
-OPTIONAL = {"optimizer/recipes/digits.py": {"sklearn"}, "optimizer/huggingface.py": {"transformers"}}
+OPTIONAL = {
+    "optimizer/recipes/digits.py": {"sklearn"},
+    "optimizer/huggingface.py": {"transformers"},
+    "bench/images.py": {"PIL"},
+}
 """Modules that an extra installs: the file imports them where it needs them, and says which extra is missing."""
 
-PIPE = "bench/peak.py"
-"""The child that measures memory reads its job from its parent's pipe, and prints the answer."""
+PIPE = "bench/child.py"
+"""A fresh process that measures reads its job from its parent's pipe."""
 
 REGISTRIES = (
     ("pypi", "org"),
@@ -229,12 +233,19 @@ def test_every_module_that_is_imported_is_declared() -> None:
     declared = {re.split(r"[<>=~! \[]", text, maxsplit=1)[0].lower() for text in PYPROJECT["project"]["dependencies"]}
     found = []
     for path in PRODUCT:
-        optional = OPTIONAL.get(str(path.relative_to(ROOT)), set())
+        optional = OPTIONAL.get(str(path.relative_to(ROOT)), set()) | beside(path)
         for node in ast.walk(syntax(path)):
             for name in imported(node) - optional - set(sys.stdlib_module_names) - {"paredown", "__future__"}:
                 if DISTRIBUTIONS.get(name, name).lower() not in declared:
                     found.append(f"{place(path, node)} imports {name}")
     assert found == []
+
+
+def beside(path: Path) -> set[str]:
+    """Return the siblings of what runs on a board, which imports them by name where it is copied flat."""
+    if path.parent != ROOT / "bench/board":
+        return set()
+    return {other.stem for other in path.parent.glob("*.py")} | {"environment"}
 
 
 def imported(node: ast.AST) -> set[str]:

@@ -4,6 +4,7 @@
     python3 run.py build [library|aot]           an engine for this GPU, into build/
     python3 run.py check [library|aot]           run it on the examples, and compare with onnxruntime's outputs
     python3 run.py run IN.npz OUT.npz [library|aot]
+    python3 run.py bench [library|aot]           time each example, with and without transfers, by the host's clock
     python3 run.py capability                    the compute capability of this GPU, as 87
 
 Without a word the graph of TensorRT's own operators is meant; library and aot are graphs with nodes of the plugin,
@@ -19,6 +20,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,14 +270,25 @@ class Engine:
             if missing:
                 raise BoardError(FAILED, f"the sizes of {missing} are not known before it runs")
             made = {name: self._output(name) for name in self.outputs}
-            if not self._context.execute_async_v3(self._stream):
-                raise BoardError(FAILED, "TensorRT stopped while running the engine; its messages are above")
-            self._cuda.wait(self._stream)
+            self._compute()
             for array, address in made.values():
                 self._cuda.download(array, address)
             return {name: array for name, (array, _) in made.items()}
         finally:
             self._cuda.close()
+
+    def _compute(self) -> None:
+        start = time.perf_counter()
+        if not self._context.execute_async_v3(self._stream):
+            raise BoardError(FAILED, "TensorRT stopped while running the engine; its messages are above")
+        self._cuda.wait(self._stream)
+        self.compute_seconds = time.perf_counter() - start
+
+    def timed(self, feeds: dict[str, Any]) -> tuple[float, float]:
+        """Return the seconds of a run with transfers and without."""
+        start = time.perf_counter()
+        self.run(feeds)
+        return time.perf_counter() - start, self.compute_seconds
 
     def _feed(self, name: str, array: Any) -> None:
         wanted = self._dtype(name)
@@ -317,37 +330,12 @@ def _check_engine(path: Path, graph: Path, version: str, capability: str) -> Non
             raise BoardError(MISSING, text)
 
 
-def check(plugin: str, settings: dict[str, Any]) -> None:
-    """Compare the engine with onnxruntime on every example, output by output."""
-    engine, numpy = Engine(plugin, settings), importlib.import_module("numpy")
-    allowed: float = settings["tolerance"]
-    failed: list[str] = []
-    with numpy.load(str(HERE / "examples.npz")) as examples:
-        for index in range(settings["examples"]):
-            found = engine.run({name: examples[f"{index}.in.{name}"] for name in settings["inputs"]})
-            for name in settings["outputs"]:
-                worst = difference(examples[f"{index}.out.{name}"], found[name])
-                line = f"example {index}, {name}: relative difference {worst:.1e}, allowed {allowed:.1e}"
-                sys.stdout.write(f"{'ok' if worst <= allowed else '--'} {line}\n")
-                failed += [] if worst <= allowed else [line]
-    if failed:
-        raise BoardError(FAILED, f"the engine does not compute what the model does: {failed[0]}")
-
-
-def difference(wanted: Any, found: Any) -> float:
-    """Return max |a - b| / max |a|; infinite where shapes or what is not finite differ."""
-    numpy = importlib.import_module("numpy")
-    if wanted.shape != found.shape:
-        return float("inf")
-    a, b = wanted.astype("float64"), found.astype("float64")
-    same = (a == b) | (numpy.isnan(a) & numpy.isnan(b))
-    if same.all():
-        return 0.0
-    apart = numpy.abs(a - b)[~same]
-    if not numpy.isfinite(apart).all():
-        return float("inf")
-    size = numpy.abs(a[numpy.isfinite(a)])
-    return float(apart.max() / max(float(size.max()) if size.size else 0.0, 1e-300))
+def use_examples(verb: str, plugin: str, settings: dict[str, Any]) -> None:
+    """Compare or time the engine on every example of the bundle, by a function of examples.py."""
+    sys.path.insert(0, str(HERE))
+    found = getattr(importlib.import_module("examples"), verb)(Engine(plugin, settings), settings, HERE)
+    if found:
+        raise BoardError(FAILED, f"the engine does not compute what the model does: {found}")
 
 
 def run(given: str, out: str, plugin: str, settings: dict[str, Any]) -> None:
@@ -374,12 +362,14 @@ def main(arguments: Sequence[str]) -> None:
         sys.stdout.write(Cuda().capability().replace(".", "") + "\n")
     elif words == ["build"]:
         build(plugin, read_settings())
-    elif words == ["check"]:
-        check(plugin, read_settings())
+    elif words in (["check"], ["bench"]):
+        use_examples(words[0], plugin, read_settings())
     elif len(words) == 3 and words[0] == "run":
         run(words[1], words[2], plugin, read_settings())
     else:
-        raise BoardError(USAGE, "usage: run.py build|check|run IN.npz OUT.npz [library|aot], or run.py capability")
+        raise BoardError(
+            USAGE, "usage: run.py build|check|bench|run IN.npz OUT.npz [library|aot], or run.py capability"
+        )
 
 
 def status(arguments: Sequence[str]) -> int:

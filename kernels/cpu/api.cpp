@@ -111,9 +111,8 @@ Work cut_work(const Isa &isa, const Linear &linear) {
   return work;
 }
 
-void run(Linear &linear, const Scratch &scratch) {
+void pack_inputs(const Isa &isa, Linear &linear, const Scratch &scratch) {
   const paredown_linear &call = *linear.call;
-  const Isa &isa = isa_in_use();
   char *base = static_cast<char *>(call.scratch);
   linear.x = {base + scratch.x, reinterpret_cast<float *>(base + scratch.scale),
               reinterpret_cast<int32_t *>(base + scratch.correction)};
@@ -121,8 +120,22 @@ void run(Linear &linear, const Scratch &scratch) {
   linear.tiles = cut_tokens(call.m, isa.tile[call.mode]);
   Packing packing{isa, linear};
   run_tasks(call, pack_tile, &packing, static_cast<size_t>(linear.tiles.count));
+}
+
+/* Pack the inputs, and multiply by them `times` times. */
+int32_t run(const paredown_linear *call, int64_t times) {
+  if (call == nullptr) return PAREDOWN_BAD_CALL;
+  Linear linear;
+  const int32_t status = read_call(*call, linear);
+  if (status != PAREDOWN_OK || call->m == 0) return status;
+  const Scratch scratch = lay_out(*call, linear.weight, linear.low.given.n == 0 ? nullptr : &linear.low);
+  if (call->scratch == nullptr || call->scratch_bytes < scratch.bytes) return PAREDOWN_BAD_CALL;
+  if (reinterpret_cast<uintptr_t>(call->scratch) % 64 != 0) return PAREDOWN_BAD_CALL;
+  const Isa &isa = isa_in_use();
+  pack_inputs(isa, linear, scratch);
   Work work = cut_work(isa, linear);
-  run_tasks(call, run_part, &work, static_cast<size_t>(work.spans * work.block_tasks));
+  for (; times > 0; --times) run_tasks(*call, run_part, &work, static_cast<size_t>(work.spans * work.block_tasks));
+  return PAREDOWN_OK;
 }
 
 }  // namespace
@@ -150,17 +163,8 @@ size_t paredown_scratch(const paredown_linear *call) {
   return paredown::lay_out(*call, weight, has_low ? &low : nullptr).bytes;
 }
 
-int32_t paredown_run_linear(const paredown_linear *call) {
-  if (call == nullptr) return PAREDOWN_BAD_CALL;
-  paredown::Linear linear;
-  const int32_t status = paredown::read_call(*call, linear);
-  if (status != PAREDOWN_OK || call->m == 0) return status;
-  const paredown::Weight *low = linear.low.given.n == 0 ? nullptr : &linear.low;
-  const paredown::Scratch scratch = paredown::lay_out(*call, linear.weight, low);
-  if (call->scratch == nullptr || call->scratch_bytes < scratch.bytes) return PAREDOWN_BAD_CALL;
-  if (reinterpret_cast<uintptr_t>(call->scratch) % 64 != 0) return PAREDOWN_BAD_CALL;
-  paredown::run(linear, scratch);
-  return PAREDOWN_OK;
-}
+int32_t paredown_run_linear(const paredown_linear *call) { return paredown::run(call, 1); }
+int32_t paredown_repeat_linear(const paredown_linear *call, int64_t times) { return paredown::run(call, times); }
+int64_t paredown_multiply_bytes(int64_t count) { return paredown::isa_in_use().multiply_bytes(count); }
 
 }  // extern "C"

@@ -98,6 +98,8 @@ struct Isa {
   /* Multiply tiles [first_tile, last_tile) by blocks [first, last), and write y. */
   void (*multiply)(const Linear &linear, int64_t first, int64_t last, int64_t first_tile, int64_t last_tile);
   const Convolution *convolution;
+  /* Multiply at least `count` pairs of bytes in registers; return how many. */
+  int64_t (*multiply_bytes)(int64_t count);
 };
 
 /* Defined in isa_<name>.cpp; dispatch.cpp names those that were built. */

@@ -7,6 +7,7 @@
 //
 // Never executed on a processor with AMX so far: only in emulation, see amx_emulated.h.
 #define PAREDOWN_OWN_BUFFERED_INT8
+#define PAREDOWN_OWN_MULTIPLY_BYTES
 #define PAREDOWN_WIDEST_TILE 16
 #include "simd_avx512.h"
 #if defined(PAREDOWN_AMX_EMULATED)
@@ -195,8 +196,25 @@ void pack_tokens_first(const Linear &linear, int64_t first, int64_t last) {
   }
 }
 
+int64_t multiply_bytes(int64_t count) {
+  alignas(64) int8_t bytes[tile_tokens * row_bytes] = {};
+  const Registers registers(tile_tokens);
+  each<sums>([&](auto i) { Sum<decltype(i)::value>::clear(); });
+  __asm__ volatile("" ::: "memory");
+  _tile_loadd(4, bytes, row_bytes);
+  _tile_loadd(5, bytes, row_bytes);
+  int64_t done = 0;
+  for (; done < count; done += sums * tile_tokens * ROWS * row_bytes) {
+    each<sums>([&](auto i) { Sum<decltype(i)::value>::add(); });
+  }
+  each<sums>([&](auto i) { Sum<decltype(i)::value>::store(bytes); });
+  __asm__ volatile("" : : "r"(bytes) : "memory");
+  return done;
+}
+
 }  // namespace
 
-const Isa amx_isa = {"amx", {Simd::tile, tile_tokens}, tokens_at_once, pack_tokens_first, multiply, &convolution};
+const Isa amx_isa = {"amx",    {Simd::tile, tile_tokens}, tokens_at_once, pack_tokens_first,
+                     multiply, &convolution,              multiply_bytes};
 
 }  // namespace paredown

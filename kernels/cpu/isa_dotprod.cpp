@@ -1,6 +1,7 @@
 // NEON with sdot: Cortex-A76, A78AE (Orin), Neoverse N1 and later.
 #define PAREDOWN_OWN_DECODE
 #define PAREDOWN_OWN_TILE_INT8
+#define PAREDOWN_OWN_MULTIPLY_BYTES
 #include "simd_neon.h"
 // After the vectors.
 #include "kernel.inl"
@@ -12,6 +13,7 @@
 
 namespace paredown {
 
-const Isa dotprod_isa = {"dotprod", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution};
+const Isa dotprod_isa = {"dotprod", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution,
+                         multiply_bytes};
 
 }  // namespace paredown

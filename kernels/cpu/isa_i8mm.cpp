@@ -4,6 +4,7 @@
 // operands of two rows each; zipping two quads of packed activations, words (token), gives those of two tokens each.
 #define PAREDOWN_OWN_DECODE
 #define PAREDOWN_OWN_TILE_INT8
+#define PAREDOWN_OWN_MULTIPLY_BYTES
 #include "simd_neon.h"
 // After the vectors.
 #include "kernel.inl"
@@ -87,8 +88,25 @@ void tile_int8(const uint8_t *w, int64_t quads, const int8_t *x, const float *x_
   });
 }
 
+int64_t multiply_bytes(int64_t count) {
+  constexpr int at_once = 16;
+  int8_t bytes[16] = {1};
+  __asm__ volatile("" : : "r"(bytes) : "memory");
+  const int8x16_t operand = vld1q_s8(bytes);
+  int32x4_t sum[at_once];
+  each<at_once>([&](auto i) { sum[i.value] = vdupq_n_s32(0); });
+  int64_t done = 0;
+  for (; done < count; done += at_once * 2 * 2 * 8) {
+    each<at_once>([&](auto i) { sum[i.value] = vmmlaq_s32(sum[i.value], operand, operand); });
+    __asm__ volatile("" ::: "memory");
+  }
+  each<at_once>([&](auto i) { vst1q_s32(reinterpret_cast<int32_t *>(bytes), sum[i.value]); });
+  __asm__ volatile("" : : "r"(bytes) : "memory");
+  return done;
+}
+
 }  // namespace
 
-const Isa i8mm_isa = {"i8mm", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution};
+const Isa i8mm_isa = {"i8mm", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution, multiply_bytes};
 
 }  // namespace paredown

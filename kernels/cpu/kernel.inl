@@ -482,6 +482,34 @@ void multiply(const Linear &linear, int64_t first, int64_t last, int64_t first_t
   }
 }
 
+/* --- the limit that all of this is held against --- */
+
+#ifdef PAREDOWN_OWN_MULTIPLY_BYTES /* where tiles multiply by other instructions than Simd::dot */
+int64_t multiply_bytes(int64_t count);
+#else
+int64_t multiply_bytes(int64_t count) {
+#ifdef PAREDOWN_DOT_ONCE
+  constexpr int at_once = Simd::tile, inputs = 1;
+#else /* inputs of each: a compiler that sees the products would share them */
+  constexpr int at_once = Simd::tile < 5 ? Simd::tile : 5, inputs = at_once;
+#endif
+  alignas(64) uint8_t bytes[at_once][UNIT_BYTES] = {};
+  alignas(64) int8_t x[inputs * 4] = {};
+  __asm__ volatile("" : : "r"(bytes), "r"(x) : "memory");
+  const Operand w = Simd::operand(Simd::load(bytes[0]));
+  I sum[at_once]; /* that do not wait for one another, and none known to equal another */
+  each<at_once>([&](auto i) { sum[i.value] = Simd::load(bytes[i.value]); });
+  int64_t done = 0;
+  for (; done < count; done += at_once * ROWS * 4) {
+    __asm__ volatile("" : : "r"(x) : "memory");
+    each<at_once>([&](auto i) { sum[i.value] = Simd::dot(sum[i.value], w, x + decltype(i)::value % inputs * 4); });
+  }
+  each<at_once>([&](auto i) { Simd::store(bytes[i.value], sum[i.value]); });
+  __asm__ volatile("" : : "r"(bytes) : "memory");
+  return done;
+}
+#endif
+
 /* --- activations --- */
 
 /* Round the inputs of one token in one run to bytes: `at` is its place in the tile, `quads` those of the run. */

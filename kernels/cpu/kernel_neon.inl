@@ -183,6 +183,22 @@ void decode_in_order(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t 
 }
 
 #ifndef __ARM_FEATURE_MATMUL_INT8 /* whose products take another order: isa_i8mm.cpp */
+int64_t multiply_bytes(int64_t count) {
+  constexpr int at_once = 12;
+  int8_t bytes[at_once][part_bytes] = {};
+  __asm__ volatile("" : : "r"(bytes) : "memory");
+  const int8x16_t w = vld1q_s8(bytes[0]);
+  Sums sum[at_once];
+  int64_t done = 0;
+  for (; done < count; done += at_once * part_bytes) {
+    __asm__ volatile("" : : "r"(bytes) : "memory");
+    each<at_once>([&](auto i) { sum[i.value].template add<0>(w, vld1q_s8(bytes[i.value])); });
+  }
+  each<at_once>([&](auto i) { vst1q_s32(reinterpret_cast<int32_t *>(bytes[i.value]), sum[i.value].total()); });
+  __asm__ volatile("" : : "r"(bytes) : "memory");
+  return done;
+}
+
 template <int BITS, int R>
 void decode_bytes(const Simd::Bytes<BITS> &table, Stream<R> &stream, int64_t steps, uint8_t *out) {
   decode_in_order<BITS, R>(table, stream, steps, out);

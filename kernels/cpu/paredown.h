@@ -135,6 +135,13 @@ PAREDOWN_API int32_t paredown_gather(const paredown_weight *weight, const int64_
  * so that nothing is left out. */
 PAREDOWN_API uint64_t paredown_read(const void *data, size_t bytes, int32_t threads);
 
+/* For benchmarks: round x once, then multiply by the weight `times` times. On a weight that stays in the
+ * first cache it shows what the instructions of the kernel take, whatever the memory. */
+PAREDOWN_API int32_t paredown_repeat_linear(const paredown_linear *call, int64_t times);
+/* For benchmarks, on this thread: products of two bytes, at least `count`, as fast as the instruction set in use
+ * multiplies them, with operands in registers and nothing decoded; returns how many there were. */
+PAREDOWN_API int64_t paredown_multiply_bytes(int64_t count);
+
 /* Instruction sets, best first, as names separated by commas: those built in that this processor runs. */
 PAREDOWN_API const char *paredown_isas(void);
 PAREDOWN_API const char *paredown_isa(void);

@@ -134,8 +134,12 @@ struct Simd {
   static F load_as_float(const void *p, int32_t type, int64_t count) {
     const __mmask16 mask = count >= ROWS ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1u);
     if (type == PAREDOWN_F32) return _mm512_maskz_loadu_ps(mask, p);
-    const __m256i half = _mm256_maskz_loadu_epi16(mask, p);
+    __m256i half = _mm256_maskz_loadu_epi16(mask, p);
     if (type == PAREDOWN_F16) return _mm512_cvtph_ps(half);
+#if defined(__GNUC__)
+    /* GCC 12 did what follows before it asked for the type: 4096 x 4096 with 2 bits took 121.7 us, not 119.4 (Zen 4). */
+    __asm__ volatile("" : "+v"(half));
+#endif
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
   static void store_float_as(void *p, int32_t type, F v, int64_t count) {

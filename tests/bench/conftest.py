@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paredown.bench import edge, measure
+from paredown.bench import measure, sessions
 from paredown.exporters.runner import RunnerOptions
 from paredown.optimizer.model import InputSpec
 
@@ -27,7 +27,7 @@ class FakeRunner:
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         batch = next(iter(feeds.values())).shape[0]
         self.world.now += self.seconds(batch) * np.exp(0.02 * self.world.rng.standard_normal())
-        self.world.feeds.append((self.name, feeds))
+        self.world.feeds.append((self.name, dict(feeds)))
         return {"y": np.zeros((batch, 10), np.float32)}
 
 
@@ -61,7 +61,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     def sample(calls: Sequence[measure.Call], spec: measure.Sampling) -> measure.Samples:
         return measure.sample(calls, spec, lambda: result.now)
 
-    monkeypatch.setattr(edge, "sample", sample)
+    monkeypatch.setattr(sessions, "sample", sample)
     return result
 
 

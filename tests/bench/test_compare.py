@@ -155,3 +155,31 @@ def test_the_table_is_whole_on_a_narrow_terminal() -> None:
     compare.show([BASE, _row(0.5, throughput_per_s=26_857.0)], console)
     lines = [line.split() for line in console.export_text().splitlines()]
     assert ["small.onnx", "1", "1", "10.000", "11.000", "12.000", "26,857", "-", "0.50", "(0.48..0.52)"] in lines
+
+
+def test_drift_is_told_and_nothing_dropped() -> None:
+    moved = {"drifted": True, "drift_reasons": ["the CPU clock moved by 33 % (1800 to 2400 MHz)"]}
+    rows = [replace(BASE, details=moved), _row(0.5, details=moved)]
+    sentence = "The machine drifted at 1 thread: the CPU clock moved by 33 % (1800 to 2400 MHz)."
+    assert compare.caution(rows) == sentence
+    console = Console(record=True, width=140, file=io.StringIO())
+    compare.show(rows, console)
+    shown = console.export_text()
+    assert sentence in shown
+    assert "small.onnx!" in shown
+    assert "! not VALID, or clocks drifted" in shown
+    assert [row.report()["details"] for row in rows] == [moved, moved]
+
+
+def test_energy_and_real_time_are_said_below_the_table() -> None:
+    details = {"meter": "ina3221", "idle_w": 4.0, "mean_w": 6.25}
+    stream = {
+        "frame_ms": 8.0,
+        "real_time_factor_p50": 0.0412,
+        "real_time_factor_p99": 1.07,
+        "missed_deadline_share": 0.0125,
+    }
+    assert compare.notes([BASE, _row(0.5, energy_j=0.0123, details=details | stream)]) == [
+        "small.onnx takes 0.041 of a frame of 8 ms, 1.1 at p99, and misses 1.2 % of its deadlines.",
+        "small.onnx takes 12.3 mJ per sample above idle at batch 1 (ina3221: 6.25 W, idle 4 W).",
+    ]

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paredown.bench.intervals import MIN_ROUNDS, block_length, median_interval, ratio, ratio_interval
+from paredown.bench.intervals import (
+    MIN_ROUNDS,
+    block_length,
+    half_width,
+    log_ratios,
+    median_interval,
+    process_interval,
+    ratio,
+    ratio_interval,
+)
 
 
 def _noise(rng: np.random.Generator, rounds: int, rho: float) -> np.ndarray:
@@ -85,3 +94,60 @@ def test_too_few_rounds_give_no_interval() -> None:
     seconds = np.ones((MIN_ROUNDS - 1, 3))
     assert median_interval(seconds, np.random.default_rng(0)) is None
     assert ratio_interval(seconds, seconds, np.random.default_rng(0)) is None
+
+
+# --- over processes
+
+
+def _benchmark(rng: np.random.Generator, spread: float) -> np.ndarray:
+    """Return the log ratios of one benchmark's processes: as many as the rule of `sessions.gather` starts."""
+    logs = list(np.log(0.4) + spread * rng.standard_normal(6))
+    while half_width(np.array(logs)) > 0.02 and len(logs) < 24:
+        logs.append(np.log(0.4) + spread * rng.standard_normal())
+    return np.array(logs)
+
+
+@pytest.mark.parametrize("spread", [0.003, 0.01, 0.02, 0.04])
+def test_intervals_over_processes_cover_the_truth_and_a_repetition(spread: float) -> None:
+    """Also with the rule that stops once the interval is narrow, which favours intervals that are too narrow."""
+    rng = np.random.default_rng(0)
+    truth = repetition = 0
+    for _ in range(1000):
+        first, second = _benchmark(rng, spread), _benchmark(rng, spread)
+        interval = process_interval(float(np.exp(first.mean())), first)
+        assert interval is not None
+        truth += interval[0] <= 0.4 <= interval[1]
+        repetition += interval[0] <= np.exp(second.mean()) <= interval[1]
+    assert truth >= 950
+    assert repetition >= 920
+
+
+def test_rounds_of_one_process_are_not_taken_for_many_observations() -> None:
+    """Between-process luck of 2 %: the interval within a process misses the truth, the one over processes does not."""
+    rng = np.random.default_rng(1)
+    within = over = 0
+    for _ in range(100):
+        luck = np.exp(0.02 * rng.standard_normal(8))
+        noise = np.exp(0.005 * rng.standard_normal((8, 30, 2)))
+        baseline = np.exp(0.005 * rng.standard_normal((8, 30, 2)))
+        pairs = [(0.4 * luck[i] * noise[i], baseline[i]) for i in range(8)]
+        one = ratio_interval(*pairs[0], rng)
+        logs = log_ratios(pairs)
+        all_of_them = process_interval(float(np.exp(logs.mean())), logs)
+        assert one is not None
+        assert all_of_them is not None
+        within += one[0] <= 0.4 <= one[1]
+        over += all_of_them[0] <= 0.4 <= all_of_them[1]
+    assert within < 50
+    assert over >= 95
+
+
+def test_half_width_is_the_prediction_interval_of_a_mean() -> None:
+    logs = np.array([0.0, 0.01, 0.02, 0.03])
+    t = 3.182446305284263  # t(0.975, 3)
+    by_hand = np.exp(t * np.sqrt(sum((x - 0.015) ** 2 for x in logs) / 3) * np.sqrt(2 / 4)) - 1
+    assert half_width(logs) == pytest.approx(by_hand)
+    assert half_width(np.array([0.1, 0.2])) == np.inf
+    assert process_interval(1.0, np.array([0.1, 0.2])) is None
+    low, high = process_interval(0.5, logs) or (0, 0)
+    assert low * high == pytest.approx(0.25)

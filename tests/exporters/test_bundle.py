@@ -188,7 +188,7 @@ def test_a_bundle_holds_all_that_a_board_needs(orin: Path) -> None:
     kernels = {name.removeprefix("kernels/") for name in files if name.startswith("kernels/")}
     assert files - {f"kernels/{name}" for name in kernels} == {
         *("README.md", "SHA256SUMS", "build.sh", "bundle.json", "examples.npz", "model.onnx", "model.plugin.onnx"),
-        *("plugin_aot.py", "run.py", "settings.sh"),
+        *("examples.py", "plugin_aot.py", "run.py", "settings.sh"),
     }
     assert {*node.SOURCES, *node.HEADERS, node.BUCKET, "lut_decode.h", "cuda/linear.cuh", "cuda/prepare.cu"} <= kernels
     assert {"cuda/linear_f16b_4.cu", "cuda/linear_f16_3.cu"} <= kernels
@@ -242,7 +242,7 @@ def test_the_readme_says_what_was_never_run(orin: Path) -> None:
 
 
 def test_what_runs_on_a_board_is_old_python_and_bash(orin: Path) -> None:
-    for name in ("run.py", "plugin_aot.py"):
+    for name in ("run.py", "examples.py", "plugin_aot.py"):
         ast.parse((orin / name).read_text(), feature_version=(3, 8))
     imported = {
         alias.name
@@ -580,6 +580,16 @@ def test_kernels_are_embedded_where_tensorrt_can(board: Board, software: Path, t
     done = board.run("build.sh", "aot", **tools, PYTHONPATH=str(package.parent))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("registered paredown::LutLinearMma16\nmodel.aot.engine: ")
+
+
+def test_examples_are_timed_with_transfers_and_without(board: Board) -> None:
+    assert board.run("build.sh").returncode == 0
+    done = board.run("run.py", "bench")
+    assert (done.returncode, done.stderr) == (0, "")
+    form = r"example {}: p50 ([\d.]+) ms, p99 [\d.]+ ms with transfers; p50 ([\d.]+) ms without; 200 runs\n"
+    found = re.fullmatch(form.format(0) + form.format(1), done.stdout)
+    assert found is not None
+    assert float(found[2]) <= float(found[1])
 
 
 def test_a_bundle_without_a_plugin_says_so(board: Board) -> None:

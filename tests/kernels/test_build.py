@@ -254,7 +254,7 @@ def test_no_record_without_a_library(tmp_path: Path) -> None:
 
 def test_every_include_of_ours_is_found() -> None:
     """A header that the scan misses would leave stale objects: all it names exist, and all there are are named."""
-    files = build._source_files()
+    files = build.source_files()
     for path in files:
         for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), flags=re.MULTILINE):
             places = (path.parent, REAL, REAL / "cpu")

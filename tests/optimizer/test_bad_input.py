@@ -476,10 +476,20 @@ RECIPES = {
         code=7,
         says='recipe.yaml:7: there is no runtime "tensorrt" in this version; use one of onnxruntime',
     ),
-    "unreachable device": Case(
-        prepare=(recipe("export: [onnx]", "export: [onnx]\nbench: {device: 'ssh://me@board'}"),),
-        code=7,
-        says='recipe.yaml:7: the device "ssh://me@board" cannot be reached by this version',
+    "unknown key of a scenario": Case(
+        prepare=(recipe("export: [onnx]", "export: [onnx]\nbench:\n  batch: [1]\n  metr: rapl"),),
+        code=2,
+        says='recipe.yaml:9: there is no key "metr"; did you mean "meter"?',
+    ),
+    "value of a scenario's key": Case(
+        prepare=(recipe("export: [onnx]", "export: [onnx]\nbench: {frame_ms: soon}"),),
+        code=2,
+        says="recipe.yaml:7: frame_ms must be a number, got 'soon'",
+    ),
+    "no address of a device": Case(
+        prepare=(recipe("export: [onnx]", "export: [onnx]\nbench: {device: me@board}"),),
+        code=2,
+        says='recipe.yaml:7: "me@board" is no address of a board; write ssh://user@host or ssh://user@host:22',
     ),
     "bench of nothing": Case(
         prepare=(recipe("export: [onnx]", "bench: {}"),),

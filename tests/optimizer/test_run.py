@@ -150,7 +150,7 @@ def test_bench_measures_the_original_beside_the_result(here: Path, monkeypatch: 
     real = edge.run
 
     def fast(artifacts: Any, spec: edge.Spec, *more: Any) -> list[Row]:
-        return real(artifacts, dataclasses.replace(spec, min_seconds=0.05, warmup_seconds=0.1), *more)
+        return real(artifacts, dataclasses.replace(spec, min_seconds=0.05, warmup_seconds=0.1, processes=1), *more)
 
     monkeypatch.setattr(edge, "run", fast)
     edit(here / "recipe.yaml", "export: [onnx]", "export: [onnx]\nbench: {batch: [2], threads: [1]}")
@@ -166,7 +166,9 @@ def test_bench_measures_the_original_beside_the_result(here: Path, monkeypatch: 
         assert 0 < row["latency_ms_p50"] <= row["latency_ms_p90"] <= row["latency_ms_p99"]
         assert row["throughput_per_s"] > 0
         assert row["peak_rss_bytes"] > 1e7
-    outcome = optimize(monkeypatch, "bench", "out/baseline.onnx", "out/model.onnx", "--out", "times")
+    outcome = optimize(
+        monkeypatch, "bench", "out/baseline.onnx", "out/model.onnx", "--out", "times", "--processes", "1"
+    )
     assert (outcome.code, outcome.error) == (0, [])
     assert listing(here / "times") == {"bench.json", "bench.csv", "bench.html", "history.jsonl"}
 
