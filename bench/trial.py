@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,21 @@ from ..optimizer.verdict import condition
 from . import edge, intervals, layers
 from .compare import BUSY
 from .feeds import Feeds
+from .intervals import Interval
 from .rows import Progress, Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """Measures for `optimizer.fallback`. baseline: the exported original. folder: where files are made for a while."""
+    """Measures for `optimizer.fallback`. baseline: the exported original. folder: where files are made for a while.
+
+    spec: how the whole network is measured; batch sizes, thread counts and seed are those of single layers too.
+    """
 
     baseline: Path
     folder: Path
     calibration: Calibration
-    batch: tuple[int, ...]
-    threads: tuple[int, ...]
-    seed: int
+    spec: edge.Spec
     stage: Callable[[str], None]
     progress: Progress
 
@@ -38,7 +40,7 @@ class Trial:
         """Return what each compressed weight costs alone, at every batch size and number of threads."""
         self.stage("measure the layers")
         names_of = [spec.name for spec in model.inputs]
-        spec = layers.Spec(batch=self.batch, threads=self.threads, seed=self.seed)
+        spec = layers.Spec(batch=self.spec.batch, threads=self.spec.threads, seed=self.spec.seed)
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.folder) as made:
             return layers.measure(
                 model, names, lambda count: self._inputs(names_of, count), (Path(made), spec, self.progress)
@@ -51,14 +53,14 @@ class Trial:
             paths = [Path(made) / f"candidate-{index}.onnx" for index in range(len(candidates))]
             for model, path in zip(candidates, paths, strict=True):
                 target.export(model, path)
-            spec = edge.Spec(batch=self.batch, threads=self.threads, seed=self.seed, peak_rss=False)
+            spec = replace(self.spec, peak_rss=False, meter="none")
             rows = edge.run([self.baseline, *paths], spec, target.open, self.progress)
             operators = tuple(onnx_part.nodes(path) for path in (self.baseline, *paths))
         by_file = [rows[start :: len(paths) + 1] for start in range(len(paths) + 1)]
         original, first, last = by_file[0], by_file[1], by_file[-1]
         return Whole(
-            candidates=tuple(_timings(own, original, self.seed) for own in by_file[1:]),
-            last_to_first=_timings(last, first, self.seed),
+            candidates=tuple(_timings(own, original, self.spec.seed) for own in by_file[1:]),
+            last_to_first=_timings(last, first, self.spec.seed),
             operators=operators,
         )
 
@@ -81,11 +83,24 @@ def _timings(rows: Sequence[Row], beside: Sequence[Row], seed: int) -> tuple[Tim
 
 def _timing(row: Row, beside: Row, seed: int) -> Timing:
     busy = (row.waited or 0.0) > BUSY
-    rng = np.random.default_rng([seed, row.threads, row.batch])
+    ratio, interval = _compared(row, beside, np.random.default_rng([seed, row.threads, row.batch]))
     return Timing(
         condition=condition(row.report()),
         before_us=beside.latency_ms_p50 * 1e3,
         after_us=row.latency_ms_p50 * 1e3,
-        ratio=intervals.ratio(row.samples, beside.samples),
-        ci95=None if busy else intervals.ratio_interval(row.samples, beside.samples, rng),
+        ratio=ratio,
+        ci95=None if busy else interval,
     )
+
+
+def _compared(row: Row, beside: Row, rng: np.random.Generator) -> tuple[float, Interval | None]:
+    """Return the ratio of two rows that alternated in the same processes, and its interval over these."""
+    rounds = row.details["rounds_per_process"]
+    assert isinstance(rounds, list)
+    cuts = np.cumsum(rounds)[:-1]
+    pairs = list(zip(np.split(row.samples, cuts), np.split(beside.samples, cuts), strict=True))
+    logs = intervals.log_ratios(pairs)
+    ratio = float(np.exp(logs.mean()))
+    if len(pairs) < intervals.MIN_PROCESSES:
+        return ratio, intervals.ratio_interval(*pairs[0], rng)
+    return ratio, intervals.process_interval(ratio, logs)

@@ -162,9 +162,14 @@ class _Run:
         (self.work.folder / "plan.yaml").write_text(recipes.dump_data(planning.plan_data(planned)))
 
     def _settled(self, job: Job, planned: Sequence[Planned]) -> Settled | None:
-        """Return what measuring decides of a plan, None where nothing is measured; a resumed run decides as before."""
+        """Return what measuring decides of a plan, None where nothing is measured; a resumed run decides as before.
+
+        A plan that was given has decided already. Only latencies of this machine say what a layer costs alone.
+        """
         bench = self.recipe.bench
         if bench is None or not self.recipe.gates.never_slower or self.options.plan is not None:
+            return None
+        if bench.device or bench.scenario != "edge":
             return None
         what = (recipes.dump_data(planning.plan_data(planned)), self.recipe.objective, bench)
         mark = fingerprint("never slower", job.fingerprint, *what)
@@ -176,15 +181,13 @@ class _Run:
         return settled
 
     def _measured(self, job: Job, planned: Sequence[Planned], bench: BenchSpec) -> Settled:
-        from ..bench import trial
+        from ..bench import command, trial
 
         clock = trial.Trial(
             baseline=self.work.folder / f"baseline{exporter(self.recipe.export[0]).suffix}",
             folder=self.work.folder,
             calibration=job.calibration,
-            batch=bench.batch,
-            threads=bench.threads,
-            seed=self.recipe.seed,
+            spec=command.recipe_spec(bench, self.recipe.seed, self.recipe.at("bench")),
             stage=self.reporter.stage,
             progress=lambda share, text: self.reporter.update(share, 1, text),
         )

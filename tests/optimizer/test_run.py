@@ -21,6 +21,7 @@ from torch import nn
 
 from paredown.exporters import onnx as target
 from paredown.optimizer import report, store
+from paredown.optimizer.never_slower import Measured, Timing, Whole
 
 from .tiny import Outcome, edit, listing, optimize, project
 
@@ -140,6 +141,71 @@ def test_a_folder_loads_alone_and_trains_on(finished: tuple[Path, Outcome], tmp_
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+BENCH = "bench={processes: 1, min_seconds: 0.02, warmup_seconds: 0.02, peak_rss: false, meter: none}"
+
+
+def _measures(monkeypatch: pytest.MonkeyPatch, ratios: dict[str, float], network: float) -> None:
+    """Let a clock find these ratios of layers, and of the network with all of them compressed."""
+    from paredown.bench import trial
+
+    def timing(ratio: float) -> Timing:
+        ends = (ratio - 0.01, ratio + 0.01)
+        return Timing(condition="batch 1, 1 thread", before_us=10, after_us=10 * ratio, ratio=ratio, ci95=ends)
+
+    def layers(self: Any, model: Any, names: Any) -> list[Measured]:
+        return [Measured(layers=(name,), timings=(timing(ratios[name]),)) for name in names]
+
+    def whole(self: Any, candidates: Any) -> Whole:
+        rows = tuple((timing(network),) for _ in candidates)
+        return Whole(candidates=rows, last_to_first=(timing(1.0),))
+
+    monkeypatch.setattr(trial.Trial, "layers", layers)
+    monkeypatch.setattr(trial.Trial, "whole", whole)
+
+
+def test_what_does_not_pay_falls_back_and_a_replay_is_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _measures(monkeypatch, {"conv1.weight": 1.3, "conv2.weight": 0.5, "linear.weight": 1.0}, 0.7)
+    assert optimize(monkeypatch, *RUN, "--set", BENCH).code == 0
+    found = report_of(here / "out")
+    modes = {row["name"]: row["mode"] for row in found["layers"]}
+    assert (modes["conv1.weight"], modes["linear.weight"]) == ("dense", "exact")
+    reasons = {row["layer"]: row["reason"] for row in found["decisions"] if "conv1" in row["layer"]}
+    assert reasons["conv1.weight"].startswith("slower at batch 1, 1 thread: 1.30 times as long (1.29 to 1.31)")
+    plan = yaml.safe_load((here / "out" / "plan.yaml").read_text())
+    assert "1.30 times as long" in str(plan)
+
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    again = ("run", "recipe.yaml", "--plan", "out/plan.yaml", "--out", "again", "--set", BENCH)
+    assert optimize(monkeypatch, *again).code == 0
+    for name in ("plan.yaml", "model.onnx", "model.safetensors"):
+        assert (here / "out" / name).read_bytes() == (here / "again" / name).read_bytes()
+
+
+def test_a_network_that_does_not_pay_is_the_original(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _measures(monkeypatch, dict.fromkeys(LAYERS, 0.9), 1.5)
+    assert optimize(monkeypatch, *RUN, "--set", BENCH).code == 0
+    found = report_of(here / "out")
+    assert {row["mode"] for row in found["layers"]} == {"dense"}
+    (whole,) = [row for row in found["decisions"] if row.get("fallback") == "the original"]
+    assert whole["reason"].startswith("the whole network is slower at batch 1, 1 thread: 1.50 times as long")
+
+
+def test_strict_refuses_what_does_not_pay(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _measures(monkeypatch, {"conv1.weight": 1.3, "conv2.weight": 0.5, "linear.weight": 1.0}, 0.7)
+    outcome = optimize(monkeypatch, *RUN, "--strict", "--set", BENCH)
+    assert outcome.code == 4
+    assert 'layer "conv1" would stay dense: slower at batch 1, 1 thread: 1.30 times' in outcome.error[0]
+
+
+@pytest.mark.slow
+def test_layers_and_network_are_measured(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert optimize(monkeypatch, *RUN, "--set", BENCH).code == 0
+    reasons = " ".join(row["reason"] for row in report_of(here / "out")["decisions"])
+    assert "times as long" in reasons
+    assert not list((here / "out").glob(".trial*"))
 
 
 @pytest.mark.slow
