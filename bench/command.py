@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..optimizer.errors import InputError, RecipeError, nearest
-from . import compare
+from . import baselines, compare
 from .environment import fingerprint
 from .rows import Row
 
@@ -42,6 +43,7 @@ class Request:
     seed: int = 0
     no_kernels: bool = False
     out: Path | None = None
+    baselines: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -56,14 +58,40 @@ def run(request: Request, progress: Progress) -> list[Row]:
         if path.suffix != onnx.suffix:
             raise InputError("is not an ONNX file", where=str(path), fix="name .onnx files, the original first")
     spec = _spec(module, request)
-    progress.stage("benchmark")
-    rows: list[Row] = module.run(request.artifacts, spec, onnx.open, _stepper(progress))
+    baselines.check(request.baselines, "--baseline")
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="paredown-") as made:
+        peers = _prepare(request, spec, Path(made), progress)
+        progress.stage("benchmark")
+        artifacts = (*request.artifacts, *peers.paths)
+        rows: list[Row] = module.run(artifacts, spec, onnx.open, _stepper(progress))
+        rows = baselines.complete(rows, artifacts, peers)
     progress.close()
-    compare.show(rows, Console())
+    for name, why in peers.missing:
+        console.print(f"No baseline {name}: {why}.", markup=False, highlight=False)
+    compare.show(rows, console)
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
         compare.write(rows, request.out, fingerprint())
     return rows
+
+
+def _prepare(request: Request, spec: Any, folder: Path, progress: Progress) -> baselines.Prepared:
+    """Make the baselines of the first artifact in a folder that is deleted; run keeps its own beside the original."""
+    if not request.baselines:
+        return baselines.Prepared()
+    progress.stage("make the baselines")
+    wanted = baselines.Wanted(
+        names=request.baselines,
+        original=request.artifacts[0],
+        folder=folder,
+        batch=spec.batch,
+        dims=dict(_dim(text) for text in request.dims),
+        threads=spec.threads,
+        scenario=request.scenario,
+        seed=request.seed,
+    )
+    return baselines.prepare(wanted)
 
 
 def scenario(name: str, where: str) -> Any:

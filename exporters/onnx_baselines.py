@@ -149,7 +149,9 @@ def _split(
     product = f"{output}_product" if biased else output
     parts = [onnx.helper.make_node("MatMul", [node.input[0], name], [product], name=f"{node.name or output}_matmul")]
     if biased:
-        parts.append(onnx.helper.make_node("Add", [product, node.input[2]], [output], name=f"{node.name or output}_add"))
+        parts.append(
+            onnx.helper.make_node("Add", [product, node.input[2]], [output], name=f"{node.name or output}_add")
+        )
     return parts
 
 

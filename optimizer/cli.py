@@ -208,6 +208,9 @@ def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
 @click.option("--min-seconds", type=float, help="Least measuring time of each.  [default: 1]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
+@click.option(
+    "--baseline", "baselines", multiple=True, metavar="NAME", help="fp16, int8, matmulnbits or trtexec of the first."
+)
 @click.option("--out", type=_PATH, help="Folder for bench.json, bench.csv, bench.html.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
     """Time artifacts against the first of them, interleaved in one process."""
@@ -217,7 +220,10 @@ def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
         raise RecipeError(what, where="--out", fix="name a folder to write")
     from ..bench import command
 
-    common = {name: options.pop(name) for name in ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out")}
+    common = {
+        name: options.pop(name)
+        for name in ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out", "baselines")
+    }
     settings = {name: value for name, value in options.items() if value is not None}
     command.run(command.Request(artifacts=artifacts, settings=settings, **common), _reporter())
 
