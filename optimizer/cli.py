@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".pt2")
+SERVED = ("platform", "max_batch", "max_delay_ms", "instances", "mount", "portable")
 INTERRUPTED = 130
 _PATH = click.Path(path_type=Path)
 
@@ -101,6 +102,20 @@ def _engine(function: Any) -> Any:
     return function
 
 
+def _served(function: Any) -> Any:
+    options = (
+        click.option("--platform", type=click.Choice(("onnxruntime", "tensorrt")), help="triton: what runs it."),
+        click.option("--max-batch", type=click.IntRange(min=1), help="triton: rows of one execution.  [32]"),
+        click.option("--max-delay-ms", type=click.FloatRange(min=0), help="triton: wait for a fuller batch.  [1]"),
+        click.option("--instances", type=click.IntRange(min=1), help="triton: executions at the same time.  [1]"),
+        click.option("--mount", help="triton: where the server sees the repository.  [/models]"),
+        click.option("--portable", is_flag=True, help="triton: leave our library out."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @cli.command()
 @click.argument("recipe", type=_PATH)
 @click.option("--plan", "plan_file", type=_PATH, help="Replay the decisions of a plan.yaml.")
@@ -158,11 +173,12 @@ def plan(recipe: Path, explain: bool, settings: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("folder", type=_PATH)
-@click.option("--target", default="onnx", show_default=True, help="What to lower to: onnx or tensorrt.")
+@click.option("--target", default="onnx", show_default=True, help="What to lower to: onnx, tensorrt or triton.")
 @click.option("--out", type=_PATH, help="File to write.  [default: in the folder]")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_graph
 @_engine
+@_served
 def export(folder: Path, target: str, out: Path | None, force: bool, **options: Any) -> None:
     """Lower the model of an output folder."""
     from . import targets
@@ -322,12 +338,14 @@ def _settings(options: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _engine_settings(target: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the Options of tensorrt that were given; RecipeError if another target was."""
-    given = {name: value for name, value in options.items() if value not in (None, (), False)}
-    if not given or target != "tensorrt":
-        for name in given:
-            raise RecipeError(f"--{name.replace('_', '-')} is of --target tensorrt", fix="leave it out")
-        return {}
+    """Return the fields of the target's Options that were given; RecipeError for one of another target."""
+    given = {name: value for name, value in options.items() if value is not None and value != () and value is not False}
+    for name in given:
+        owner = "triton" if name in SERVED else "tensorrt"
+        if owner != target:
+            raise RecipeError(f"--{name.replace('_', '-')} is of --target {owner}", fix="leave it out")
+    if target != "tensorrt":
+        return given
     from ..exporters import tensorrt_profile
 
     if "profile" in given:

@@ -97,8 +97,9 @@ def check(recipe: Recipe) -> None:
     for target in recipe.export:
         exporter(target, recipe.at("export"))
         if target != "onnx":
-            what = f"{target} lowers for one machine, which a recipe does not name"
-            fix = f"write export: [onnx], and run optimize export DIR --target {target} on that machine"
+            known = target == "tensorrt"
+            what = f"{target} lowers for one {'machine' if known else 'server'}, which a recipe does not name"
+            fix = f"write export: [onnx], and run optimize export DIR --target {target}{' on that machine' * known}"
             raise RecipeError(what, where=recipe.at("export"), fix=fix)
     if recipe.gates.max_drop is not None and recipe.metric is None:
         fix = 'write metric: {entry: "path.py:function"}'
