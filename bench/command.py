@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..optimizer import tree
 from ..optimizer.errors import InputError, RecipeError, nearest
-from . import compare, device, remote
+from . import baselines, compare, device, remote
 from .environment import fingerprint
 from .rows import Row
 
@@ -50,6 +51,7 @@ class Request:
     no_kernels: bool = False
     out: Path | None = None
     device: str = ""
+    baselines: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,14 +63,21 @@ def run(request: Request, progress: Progress) -> list[Row]:
     _check_settings(list(modules.values()), request.settings)
     specs = {name: _spec(module, request) for name, module in modules.items()}
     board = check_device(request.device, request.scenario, "--device")
-    progress.stage("benchmark")
-    parts = [
-        measure(module, request.artifacts, specs[name], board, _stepper(progress)) for name, module in modules.items()
-    ]
+    baselines.check(request.baselines, "--baseline")
+    parts = []
+    with tempfile.TemporaryDirectory(prefix="paredown-") as made:
+        for number, (name, module) in enumerate(modules.items()):
+            folder = Path(made) / str(number)
+            folder.mkdir()
+            peers = _prepare(request, name, specs[name], folder, progress)
+            progress.stage("benchmark")
+            artifacts = (*request.artifacts, *peers.paths)
+            part = measure(module, artifacts, specs[name], board, _stepper(progress))
+            parts.append(replace(part, rows=baselines.complete(part.rows, artifacts, peers)))
     found = replace(parts[0], rows=[row for part in parts for row in part.rows])
     progress.close()
     console = Console()
-    for note in found.notes:
+    for note in (*found.notes, *(f"No baseline {name}: {why}." for name, why in peers.missing)):
         console.print(note, markup=False, highlight=False)
     compare.show(found.rows, console)
     if request.out is not None:
@@ -103,6 +112,27 @@ def measure(
             raise InputError("is not an ONNX file", where=str(path), fix="name .onnx files, the original first")
     rows: list[Row] = module.run(artifacts, spec, onnx.open, progress)
     return remote.Found(rows=rows, environment=fingerprint())
+
+
+def _prepare(
+    request: Request, scenario: str, spec: Any, folder: Path, progress: Progress
+) -> baselines.Prepared:
+    """Make the baselines of the first artifact in a folder that is deleted; run keeps its own beside the original."""
+    if not request.baselines:
+        return baselines.Prepared()
+    progress.stage("make the baselines")
+    wanted = baselines.Wanted(
+        names=request.baselines,
+        original=request.artifacts[0],
+        folder=folder,
+        batch=spec.batch,
+        dims=dict(_dim(text) for text in request.dims),
+        threads=spec.threads,
+        scenario=scenario,
+        seed=request.seed,
+        remote=bool(request.device),
+    )
+    return baselines.prepare(wanted)
 
 
 def scenario(name: str, where: str) -> Any:

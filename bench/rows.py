@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ..optimizer.errors import InputError
+from . import intervals
 from .intervals import Interval
 from .measure import Seconds
 
@@ -71,6 +72,17 @@ ROW_KEYS = (
     *("artifact", "runtime", "scenario", "batch", "threads", "latency_ms_p50", "latency_ms_p90", "latency_ms_p99"),
     *("ci95", "throughput_per_s", "peak_rss_bytes", "energy_j", "stages", "ratio_to_baseline", "ratio_ci95"),
 )
+
+
+def against(row: Row, beside: Row, rng: np.random.Generator) -> tuple[float, Interval | None]:
+    """Return the ratio of two rows that alternated in the same rounds, and its interval: over processes, if several."""
+    rounds = row.details.get("rounds_per_process")
+    cuts = np.cumsum(rounds)[:-1] if isinstance(rounds, list) else []
+    pairs = list(zip(np.split(row.samples, cuts), np.split(beside.samples, cuts), strict=True))
+    ratio = float(np.exp(intervals.log_ratios(pairs).mean()))
+    if len(pairs) < intervals.MIN_PROCESSES:
+        return ratio, intervals.ratio_interval(*pairs[0], rng)
+    return ratio, intervals.process_interval(ratio, intervals.log_ratios(pairs))
 
 
 def silent(_fraction: float, _text: str) -> None:

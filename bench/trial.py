@@ -15,11 +15,10 @@ from ..optimizer.data import Calibration, rebatch
 from ..optimizer.model import Model
 from ..optimizer.never_slower import Measured, Timing, Whole
 from ..optimizer.verdict import condition
-from . import edge, intervals, layers
+from . import edge, layers
 from .compare import BUSY
 from .feeds import Feeds
-from .intervals import Interval
-from .rows import Progress, Row
+from .rows import Progress, Row, against
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +82,7 @@ def _timings(rows: Sequence[Row], beside: Sequence[Row], seed: int) -> tuple[Tim
 
 def _timing(row: Row, beside: Row, seed: int) -> Timing:
     busy = (row.waited or 0.0) > BUSY
-    ratio, interval = _compared(row, beside, np.random.default_rng([seed, row.threads, row.batch]))
+    ratio, interval = against(row, beside, np.random.default_rng([seed, row.threads, row.batch]))
     return Timing(
         condition=condition(row.report()),
         before_us=beside.latency_ms_p50 * 1e3,
@@ -91,16 +90,3 @@ def _timing(row: Row, beside: Row, seed: int) -> Timing:
         ratio=ratio,
         ci95=None if busy else interval,
     )
-
-
-def _compared(row: Row, beside: Row, rng: np.random.Generator) -> tuple[float, Interval | None]:
-    """Return the ratio of two rows that alternated in the same processes, and its interval over these."""
-    rounds = row.details["rounds_per_process"]
-    assert isinstance(rounds, list)
-    cuts = np.cumsum(rounds)[:-1]
-    pairs = list(zip(np.split(row.samples, cuts), np.split(beside.samples, cuts), strict=True))
-    logs = intervals.log_ratios(pairs)
-    ratio = float(np.exp(logs.mean()))
-    if len(pairs) < intervals.MIN_PROCESSES:
-        return ratio, intervals.ratio_interval(*pairs[0], rng)
-    return ratio, intervals.process_interval(ratio, logs)

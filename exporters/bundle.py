@@ -84,20 +84,8 @@ def bundle(folder: Path, target: str, out: Path | None, options: Options, *, for
         tempfile.TemporaryDirectory(prefix=".paredown-", dir=path.parent) as made,
     ):
         _write(contents, Path(made) / "bundle")
-        _put_in_place(Path(made) / "bundle", path, Path(made) / "old")
+        workspace.put_in_place(Path(made) / "bundle", path, Path(made) / "old")
     return path
-
-
-def _put_in_place(made: Path, path: Path, old: Path) -> None:
-    """Move a folder to its name, and the one that was there away; nothing is lost where that fails."""
-    if path.exists():
-        path.rename(old)
-    try:
-        made.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
 
 
 def _check(path: Path, *, force: bool) -> None:

@@ -101,6 +101,20 @@ def _engine(function: Any) -> Any:
     return function
 
 
+def _served(function: Any) -> Any:
+    options = (
+        click.option("--platform", type=click.Choice(("onnxruntime", "tensorrt")), help="triton: what runs it."),
+        click.option("--max-batch", type=click.IntRange(min=1), help="triton: rows of one execution.  [32]"),
+        click.option("--max-delay-ms", type=click.FloatRange(min=0), help="triton: wait for a fuller batch.  [1]"),
+        click.option("--instances", type=click.IntRange(min=1), help="triton: executions at the same time.  [1]"),
+        click.option("--mount", help="triton: where the server sees the repository.  [/models]"),
+        click.option("--portable", is_flag=True, help="triton: leave our library out."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @cli.command()
 @click.argument("recipe", type=_PATH)
 @click.option("--plan", "plan_file", type=_PATH, help="Replay the decisions of a plan.yaml.")
@@ -158,16 +172,17 @@ def plan(recipe: Path, explain: bool, settings: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("folder", type=_PATH)
-@click.option("--target", default="onnx", show_default=True, help="What to lower to: onnx or tensorrt.")
+@click.option("--target", default="onnx", show_default=True, help="What to lower to: onnx, tensorrt or triton.")
 @click.option("--out", type=_PATH, help="File to write.  [default: in the folder]")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_graph
 @_engine
+@_served
 def export(folder: Path, target: str, out: Path | None, force: bool, **options: Any) -> None:
     """Lower the model of an output folder."""
     from . import targets
 
-    path = targets.export(folder, target, out, force=force, settings=targets.engine_settings(target, options))
+    path = targets.export(folder, target, out, force=force, settings=targets.lowering_settings(target, options))
     for line in targets.explain(path, target):
         click.echo(line)
     click.echo(path)
@@ -184,7 +199,7 @@ def bundle(folder: Path, target: str, out: Path | None, force: bool, **options: 
     from ..exporters import bundle as bundles
     from . import targets
 
-    chosen = bundles.Options(**targets.engine_settings("tensorrt", options))
+    chosen = bundles.Options(**targets.lowering_settings("tensorrt", options))
     click.echo(bundles.bundle(folder, target, out, chosen, force=force))
 
 
@@ -239,6 +254,9 @@ def _load(function: Any) -> Any:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
 @click.option("--device", default="", metavar="ssh://USER@HOST", help="A board that measures, reached by ssh.")
+@click.option(
+    "--baseline", "baselines", multiple=True, metavar="NAME", help="fp16, int8, matmulnbits or trtexec of the first."
+)
 @click.option("--out", type=_PATH, help="Folder for bench.json, bench.csv, bench.html.")
 def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
     """Time artifacts against the first of them, in turn, in several fresh processes."""
@@ -248,7 +266,7 @@ def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
         raise RecipeError(what, where="--out", fix="name a folder to write")
     from ..bench import command
 
-    names = ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out", "device")
+    names = ("scenario", "batch", "threads", "dims", "seed", "no_kernels", "out", "device", "baselines")
     common = {name: options.pop(name) for name in names}
     settings = {name: value for name, value in options.items() if value not in (None, ())}
     command.run(command.Request(artifacts=artifacts, settings=settings, **common), _reporter())

@@ -249,7 +249,9 @@ def _bench_row(row: Report, longest: float) -> BenchRow:
     strip = chart.strip((known[0], known[1], known[2]), interval(row, "ci95"), longest) if drawable else None
     return BenchRow(
         artifact=text(row, "artifact") or fmt.DASH,
-        where=f"{text(row, 'runtime')} {text(row, 'scenario')}".strip(),
+        where=" · ".join(
+            part for part in (f"{text(row, 'runtime')} {text(row, 'scenario')}".strip(), _beside(row)) if part
+        ),
         p50=fmt.plain(values[0], 4),
         p50_note=fmt.span(interval(row, "ci95")),
         p90=fmt.plain(values[1], 4),
@@ -260,6 +262,15 @@ def _bench_row(row: Report, longest: float) -> BenchRow:
         ratio=fmt.times(number(row, "ratio_to_baseline")),
         ratio_note=fmt.span(interval(row, "ratio_ci95")),
         doubt=doubt(row),
+    )
+
+
+def _beside(row: Report) -> str:
+    """Return the size and the accuracy of an artifact that is measured beside baselines of others."""
+    size, score = number(row, "details", "size_bytes"), number(row, "details", "metric", "value")
+    found = [] if size is None else [fmt.size(size)]
+    return " · ".join(
+        found + ([] if score is None else [f"{text(row, 'details', 'metric', 'name')} {fmt.plain(score, 4)}"])
     )
 
 

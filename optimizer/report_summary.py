@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from . import report_format as fmt
 from .report_value import Interval, Report, interval, is_fraction, number, rows, text, weights
-from .verdict import EQUAL_WITHIN, condition, doubt, is_bench
+from .verdict import EQUAL_WITHIN, condition, doubt, is_bench, peer
 
 LONG_MODES = {
     "decoded": "decoded to floats at load",
@@ -72,7 +72,7 @@ def label(line: Line) -> str:
 
 def pairs(report: Report) -> list[Pair]:
     """Return baseline and first other artifact per condition, in the order of the bench rows."""
-    bench = rows(report, "bench")
+    bench = [row for row in rows(report, "bench") if not peer(row)]
     groups: dict[str, list[Report]] = defaultdict(list)
     for row in bench:
         groups[condition(row)].append(row)

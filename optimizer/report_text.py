@@ -14,8 +14,8 @@ from .history import FILE, History, letters
 from .report_curves import machines, run_row
 from .report_diff import Cell, differs, result_cells, speed_cells
 from .report_summary import computing, label, lines, widths
-from .report_value import Report, at, decision, layer_name, number, rows, text
-from .verdict import headline, reason_when_slower, speed
+from .report_value import Report, at, decision, is_fraction, layer_name, number, rows, text
+from .verdict import condition, headline, peer, reason_when_slower, speed
 
 MAX_LAYERS = 40
 _COLOURS = {"good": "green", "bad": "red", "same": ""}
@@ -31,7 +31,14 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"[yellow]{escape(text(report, 'environment', 'bench_caution'))}[/yellow]", highlight=False)
     if computing(report):
         console.print(escape(computing(report)), highlight=False)
-    for table in (_summary(report), _widths(report), _layers(report), _decisions(report), _verify(report)):
+    for table in (
+        _summary(report),
+        _peers(report),
+        _widths(report),
+        _layers(report),
+        _decisions(report),
+        _verify(report),
+    ):
         if table.row_count:
             console.print()
             console.print(table)
@@ -91,6 +98,25 @@ def _summary(report: Report) -> Table:
             _with_note(line.before, line.before_note),
             _with_note(line.after, line.after_note),
             f"[{colour}]{change}[/{colour}]" if colour else change,
+        )
+    return table
+
+
+def _peers(report: Report) -> Table:
+    """Return what others made of the original beside ours; empty where nothing of it was measured."""
+    bench = rows(report, "bench")
+    columns = ("file", "condition", "p50", "original", "ours", "bytes", "metric", "drop")
+    table = _table("what others make of the original", *columns, left=2)
+    for row in bench if any(peer(row) for row in bench) else ():
+        table.add_row(
+            escape(text(row, "artifact")),
+            condition(row),
+            fmt.milliseconds(number(row, "latency_ms_p50")),
+            fmt.times(number(row, "ratio_to_baseline")),
+            fmt.times(number(row, "details", "ratio_to_ours")),
+            fmt.size(number(row, "details", "size_bytes")),
+            fmt.score(number(row, "details", "metric", "value"), fraction=is_fraction(report)),
+            fmt.plain(number(row, "details", "drop")),
         )
     return table
 

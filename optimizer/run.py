@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ from .targets import exporter
 from .verdict import is_slower
 from .walk import trace
 from .workspace import Workspace, fingerprint
+
+if TYPE_CHECKING:
+    from ..bench.baselines import Prepared
+    from ..bench.baselines_run import Result
 
 RUNTIMES = ("onnxruntime",)
 RESUME = "the layers that are finished are kept for --resume"
@@ -95,8 +99,9 @@ def check(recipe: Recipe) -> None:
     for target in recipe.export:
         exporter(target, recipe.at("export"))
         if target != "onnx":
-            what = f"{target} lowers for one machine, which a recipe does not name"
-            fix = f"write export: [onnx], and run optimize export DIR --target {target} on that machine"
+            known = target == "tensorrt"
+            what = f"{target} lowers for one {'machine' if known else 'server'}, which a recipe does not name"
+            fix = f"write export: [onnx], and run optimize export DIR --target {target}{' on that machine' * known}"
             raise RecipeError(what, where=recipe.at("export"), fix=fix)
     if recipe.gates.max_drop is not None and recipe.metric is None:
         fix = 'write metric: {entry: "path.py:function"}'
@@ -106,9 +111,10 @@ def check(recipe: Recipe) -> None:
         return
     if not recipe.export:
         raise RecipeError("there is no file to measure", where=where, fix="write export: [onnx]")
-    from ..bench import command
+    from ..bench import baselines, command
 
     command.recipe_spec(bench, recipe.seed, where)
+    baselines.check(bench.baselines, where)
     if bench.runtime not in RUNTIMES:
         what = f'there is no runtime "{bench.runtime}" in this version'
         raise RuntimeMissingError(what, where=where, fix=nearest(bench.runtime, RUNTIMES))
@@ -274,7 +280,11 @@ class _Run:
         final = summary.sizes(model, graph, after, self.recipe.seed)
         parts["final"] = final | {"bits_per_weight": summary.bits_per_weight(model)} | self._drop(before, after)
         if paths and self.recipe.bench is not None and failure is None:
-            failure = self._bench(paths[0], parts)
+            from ..bench.baselines_run import Result
+
+            original = paths[0].with_stem("baseline")
+            peers = self._baselines(job, Result(original=original, ours=paths[0], before=before, after=after), parts)
+            failure = self._bench(paths[0], parts, peers)
         return failure or self._gate(before, after)
 
     def _export(self, label: str, model: Model, target: str, name: str) -> Path:
@@ -329,9 +339,22 @@ class _Run:
             self.reporter.stage("reach the board")
             remote.check(board, ("onnxruntime",))
 
-    def _bench(self, path: Path, parts: dict[str, Any]) -> Error | None:
+    def _baselines(self, job: Job, result: Result, parts: dict[str, Any]) -> Prepared:
+        """Make what others make of the original, and score it; what cannot be made is a decision."""
+        from ..bench import baselines_run
+
+        def measure(path: Path) -> Metric | None:
+            runner = artifact.as_module(exporter(self.recipe.export[0]).open(path), job)
+            return self._metric(f"measure {path.name}", runner, artifact.mark(path))
+
+        self.reporter.stage("make the baselines")
+        found = baselines_run.prepare(job, self.recipe, result, measure)
+        parts["decisions"] += found.decisions()
+        return found
+
+    def _bench(self, path: Path, parts: dict[str, Any], peers: Prepared) -> Error | None:
         """Measure the file beside the original; slower is told, and with --strict an error if gates.never_slower."""
-        from ..bench import command, compare
+        from ..bench import baselines, command, compare
 
         assert self.recipe.bench is not None
         original = path.with_stem("baseline")
@@ -341,9 +364,11 @@ class _Run:
         spec = command.recipe_spec(bench, self.recipe.seed, self.recipe.at("bench"))
         progress = lambda share, text: self.reporter.update(share, 1, text)  # noqa: E731
         board = command.check_device(bench.device, bench.scenario, self.recipe.at("bench"))
-        found = command.measure(scenario, [original, path], spec, board, progress)
-        parts["bench"] = [row.report() for row in found.rows]
-        parts["environment"]["bench_caution"] = compare.caution(found.rows)
+        artifacts = (original, path, *peers.paths)
+        found = command.measure(scenario, artifacts, spec, board, progress)
+        rows = baselines.complete(found.rows, artifacts, peers)
+        parts["bench"] = [row.report() for row in rows]
+        parts["environment"]["bench_caution"] = compare.caution(rows)
         if board is not None:
             parts["environment"]["bench_device"] = found.environment
         if is_slower(parts["bench"]):

@@ -12,6 +12,9 @@ from .errors import RecipeError, nearest
 from .model import InputSpec
 from .tree import Node
 
+BASELINES = ("fp16", "int8", "matmulnbits", "matmulnbits128", "trtexec")
+"""What others make of the original, to be measured beside ours."""
+
 
 def _build_inputs(node: Node) -> tuple[InputSpec, ...]:
     return tuple(_input(name, child) for name, child in node.mapping("inputs").items())
@@ -88,6 +91,7 @@ class BenchSpec:
     batch: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
     device: str = ""
+    baselines: tuple[str, ...] = ()
     settings: Mapping[str, Node] = field(default_factory=dict, metadata={"rest": True})
 
     def __post_init__(self) -> None:

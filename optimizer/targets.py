@@ -14,7 +14,9 @@ from typing import Any
 from . import artifact, store, workspace
 from .errors import InputError, RecipeError, RuntimeMissingError, nearest
 
-TARGETS = ("onnx", "tensorrt")
+TARGETS = ("onnx", "tensorrt", "triton")
+SERVED = ("platform", "max_batch", "max_delay_ms", "instances", "mount", "portable")
+"""Options of the target triton; the others are of tensorrt."""
 RUNTIMES = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}
 """Runtime -> the target whose files it runs."""
 
@@ -29,12 +31,15 @@ def exporter(target: str, where: str = "") -> Any:
 def export(
     folder: Path, target: str, out: Path | None, *, force: bool, settings: Mapping[str, Any] | None = None
 ) -> Path:
-    """Lower the stored model of an output folder and return the file, which appears only when it is whole.
+    """Lower the stored model of an output folder and return the file or folder, which appears only when it is whole.
 
     settings: fields of the target's Options.
     """
     module = exporter(target, "--target")
     options = module.Options(**(settings or {}))
+    if target == "triton":
+        made: Path = module.repository(folder, out, options, force=force)
+        return made
     path = out or folder / f"model{module.suffix}"
     if path.is_dir():
         raise RecipeError(f'"{path}" is a folder', where="--out", fix="name a file to write")
@@ -61,19 +66,26 @@ def export(
 
 
 def explain(path: Path, target: str) -> list[str]:
-    """Return a line for each layer of an exported file that was decided on: its form, kept or fallback, and why."""
+    """Return a line for each layer of an exported file that was decided on: its form, kept or fallback, and why.
+
+    For Triton: a line for each decision on how the model is served.
+    """
     module = exporter(target)
+    if target == "triton":
+        return list(module.notes(path))
     rows = module.decisions(path) if target == "tensorrt" else ()
     return [f"{row['layer']}: {row['form']}, {'kept' if row['kept'] else 'fallback'}: {row['reason']}" for row in rows]
 
 
-def engine_settings(target: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the Options of tensorrt that were given; RecipeError if another target was."""
-    given = {name: value for name, value in options.items() if value not in (None, (), False)}
-    if not given or target != "tensorrt":
-        for name in given:
-            raise RecipeError(f"--{name.replace('_', '-')} is of --target tensorrt", fix="leave it out")
-        return {}
+def lowering_settings(target: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the target's Options that were given; RecipeError for one of another target."""
+    given = {name: value for name, value in options.items() if value is not None and value != () and value is not False}
+    for name in given:
+        owner = "triton" if name in SERVED else "tensorrt"
+        if owner != target:
+            raise RecipeError(f"--{name.replace('_', '-')} is of --target {owner}", fix="leave it out")
+    if target != "tensorrt":
+        return given
     from ..exporters import tensorrt_profile
 
     if "profile" in given:

@@ -46,12 +46,15 @@ class Comparison:
 
 
 def comparisons(bench: Sequence[Report]) -> list[Comparison]:
-    """Return what the bench rows compare, worst first; the first row's artifact is the baseline."""
+    """Return what the bench rows compare, worst first; the first row's artifact is the baseline.
+
+    What others made of the baseline (`peer`) is no result of ours, and is left out.
+    """
     if not bench:
         return []
     baseline = text(bench[0], "artifact")
     beside = {condition(row): row for row in reversed(bench) if text(row, "artifact") == baseline}
-    found = [_comparison(row, baseline, beside) for row in bench if text(row, "artifact") != baseline]
+    found = [_comparison(row, baseline, beside) for row in bench if text(row, "artifact") != baseline and not peer(row)]
     return sorted(found, key=lambda item: (_ORDER.index(item.speed), -(item.ratio or 0)))
 
 
@@ -76,6 +79,49 @@ def condition(row: Report) -> str:
     return ", ".join(words)
 
 
+def peer(row: Report) -> str:
+    """Return which baseline of others a row is of, as in "int8"; "" for the original and for ours."""
+    return text(row, "details", "peer")
+
+
+def rivals(bench: Sequence[Report]) -> list[str]:
+    """Return a sentence for each baseline of others that beats ours in speed or size without being less accurate.
+
+    Speed counts where the whole interval of the ratio to ours lies beyond EQUAL_WITHIN; an accuracy counts as equal
+    unless its interval lies below ours.
+    """
+    names = list(dict.fromkeys(text(row, "artifact") for row in bench if peer(row)))
+    ours = next((row for row in bench if not peer(row) and text(row, "artifact") != text(bench[0], "artifact")), {})
+    found = [_rival([row for row in bench if text(row, "artifact") == name], ours) for name in names]
+    return [sentence for sentence in found if sentence]
+
+
+def _rival(found: Sequence[Report], ours: Report) -> str:
+    ahead = [row for row in found if (ends := interval(row, "details", "ratio_to_ours_ci95")) and _is_below(ends[1])]
+    mine, theirs = number(ours, "details", "size_bytes"), number(found[0], "details", "size_bytes")
+    told = [
+        f"{1 / (number(row, 'details', 'ratio_to_ours') or 1):.2f} times as fast as ours at {condition(row)}"
+        for row in ahead
+    ]
+    told += [f"{mine / theirs:.2f} times smaller"] if mine and theirs and _is_below(theirs / mine) else []
+    accuracy = _rival_accuracy(found[0])
+    return f"{text(found[0], 'artifact')} is {', '.join(told)}{accuracy}." if told and accuracy else ""
+
+
+def _is_below(ratio: float) -> bool:
+    return ratio < 1 - EQUAL_WITHIN
+
+
+def _rival_accuracy(row: Report) -> str:
+    """Return how accurate a baseline is beside ours; "" where it is less accurate."""
+    behind, ends = number(row, "details", "behind_ours"), interval(row, "details", "behind_ours_ci95")
+    if behind is None:
+        return "; its accuracy was not compared"
+    if ends is None:
+        return "" if behind > 0 else ", and no less accurate"
+    return "" if ends[0] > 0 else ", and no less accurate"
+
+
 def doubt(row: Report, *, briefly: bool = False) -> str:
     """Return why a row is not to be trusted, as in "not VALID (too few queries)"; "" where it says nothing of it."""
     found = []
@@ -87,12 +133,16 @@ def doubt(row: Report, *, briefly: bool = False) -> str:
 
 
 def speed(bench: Sequence[Report], reason: str = "") -> str:
-    """Return one sentence per compared artifact, the slowest first; `reason` says why one is slower."""
+    """Return one sentence per compared artifact, the slowest first; `reason` says why one is slower.
+
+    After them come the baselines of others that beat ours.
+    """
     found = comparisons(bench)
     if not found:
         return "Speed was not measured."
     names = list(dict.fromkeys(item.artifact for item in found))
-    return "\n".join(_sentence([item for item in found if item.artifact == name], reason) for name in names)
+    told = [_sentence([item for item in found if item.artifact == name], reason) for name in names]
+    return "\n".join([*told, *rivals(bench)])
 
 
 def headline(report: Report) -> str:

@@ -296,3 +296,15 @@ def _disk_error(error: BaseException) -> int:
     if found:
         return int(found[1]) if int(found[1]) in _DISK else 0
     return next((number for number in _DISK if os.strerror(number) in str(error)), 0)
+
+
+def put_in_place(made: Path, path: Path, old: Path) -> None:
+    """Move a folder to its name, and the one that was there away; nothing is lost where that fails."""
+    if path.exists():
+        path.rename(old)
+    try:
+        made.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
