@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 suffix = ""
 CONFIG, FILE, PLAN = "config.pbtxt", "model.onnx", "model.plan"
 NAME = "model_repository"
-WARM_SIZE = 32
-"""Size of a named dimension in the requests that warm a model up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
