@@ -128,8 +128,9 @@ def lossless(network: str, out: Path) -> tuple[float, float]:
         return float(np.mean(metric(artifact))), float(np.mean(metric(original.module())))
 
 
-def optimize_run(network: str, out: Path, *settings: str) -> dict[str, Any]:
+def optimize_run(network: str, out: Path, *settings: str, plan: Path | None = None) -> dict[str, Any]:
     command = [str(Path(sys.executable).with_name("optimize")), "run", str(HERE / "recipes" / f"{network}.yaml")]
+    command += [] if plan is None else ["--plan", str(plan)]
     command += ["--out", str(out)] + [part for setting in settings for part in ("--set", setting)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
