@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from kernel_tables import engines, kernels, llama, modes
+from serving_tables import intervals, never_slower, server, stages
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "bench" / "results"
@@ -203,7 +204,8 @@ def _file_ratio(row: dict[str, Any]) -> float:
     return float(model / baseline)
 
 
-TABLES = (kernels, llama, modes, engines, pruning, speed, int8, kinds, accuracy, others, scaling)
+LOAD = (server, stages, intervals, never_slower)
+TABLES = (kernels, llama, modes, engines, pruning, speed, int8, kinds, *LOAD, accuracy, others, scaling)
 
 if __name__ == "__main__":
     main()
