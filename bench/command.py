@@ -126,7 +126,7 @@ def _prepare(
         original=request.artifacts[0],
         folder=folder,
         batch=spec.batch,
-        dims=dict(_dim(text) for text in request.dims),
+        dims=sizes(request.dims),
         threads=spec.threads,
         scenario=scenario,
         seed=request.seed,
@@ -177,7 +177,7 @@ def _spec(module: Any, request: Request) -> Any:
     return module.Spec(
         batch=_numbers("--batch", request.batch),
         threads=_numbers("--threads", request.threads),
-        dims=dict(_dim(text) for text in request.dims),
+        dims=sizes(request.dims),
         seed=request.seed,
         kernels=not request.no_kernels,
         **settings,
@@ -220,6 +220,11 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise RecipeError(f'"{text}" is not a list of whole numbers', where=option, fix="write 1,32") from error
+
+
+def sizes(texts: Sequence[str]) -> dict[str, int]:
+    """Return the sizes that --dim NAME=SIZE gives."""
+    return dict(_dim(text) for text in texts)
 
 
 def _dim(text: str) -> tuple[str, int]:

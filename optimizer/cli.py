@@ -215,6 +215,25 @@ def verify(folder: Path, runtime: str, no_kernels: bool) -> None:
         click.echo(line)
 
 
+@cli.command()
+@click.argument("folder", type=_PATH)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on; 0 is any that is free.")
+@click.option("--threads", type=click.IntRange(min=0), default=1, show_default=True, help="Of each worker.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Executions at a time.")
+@click.option("--max-batch", type=click.IntRange(min=1), help="Samples of an execution.  [default: 8, or 1]")
+@click.option("--max-delay-ms", type=float, default=1.0, show_default=True, help="How long a request waits for others.")
+@click.option("--capacity", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a named dimension to warm up with.")
+@click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
+def serve(folder: Path, no_kernels: bool, dims: tuple[str, ...], **options: Any) -> None:
+    """Answer requests for the exported file of a folder, by the open inference protocol."""
+    from ..bench import command
+    from ..bench import serve as server
+
+    server.run(folder, server.Spec(kernels=not no_kernels, dims=command.sizes(dims), **options), click.echo)
+
+
 def _load(function: Any) -> Any:
     at_least_1 = click.IntRange(min=1)
     options = (
