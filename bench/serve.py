@@ -27,11 +27,10 @@ from ..exporters.runner import Runner, RunnerOptions
 from ..optimizer.errors import Error, InputError, RecipeError
 from . import protocol
 from .batching import Answer, Batcher, Policy, Request, batch_axes
-from .feeds import Feeds, batch_name, random_feeds
+from .feeds import Feeds, random_feeds
 
 HEADER = "Inference-Header-Content-Length"
 MAX_BATCH = 8
-SIZE = 32
 SECONDS_IDLE = 60.0
 """After which a connection that sends nothing is closed."""
 
@@ -40,8 +39,8 @@ SECONDS_IDLE = 60.0
 class Spec:
     """Where to listen and how to run. max_batch: None = MAX_BATCH where the model has a batch dimension, else 1.
 
-    port: 0 = any that is free. dims: sizes of named dimensions other than the batch in the request that warms up, SIZE by
-    default. max_bytes: of the body of a request.
+    port: 0 = any that is free. dims: sizes of named dimensions other than the batch in the request that warms up.
+    max_bytes: of the body of a request.
     """
 
     host: str = "127.0.0.1"
@@ -128,30 +127,25 @@ def service(path: Path, spec: Spec) -> Service:
         fix = f"run optimize export {path} --target onnx" if path.is_dir() else "name an output folder or an .onnx file"
         raise InputError("is no exported model", where=str(file), fix=fix)
     runner = onnx.open(file, RunnerOptions(threads=spec.threads, kernels=spec.kernels))
-    dims = {name: spec.dims.get(name, SIZE) for name in _named(runner)}
-    outputs = _warm(runner, dims)
-    axes = _axes(runner, dims, required=spec.max_batch not in (None, 1))
+    outputs = _warm(runner, spec.dims)
+    axes = _axes(runner, spec.dims, required=spec.max_batch not in (None, 1))
     batch = spec.max_batch or (MAX_BATCH if axes else 1)
     policy = Policy(max_batch=batch, max_delay_ms=spec.max_delay_ms, workers=spec.workers, capacity=spec.capacity)
     name = path.resolve().name if path.is_dir() else path.stem
     return Service(
         name=re.sub(r"[^\w.-]+", "_", name),
         runner=runner,
-        batcher=Batcher(runner, policy, dims=dims),
+        batcher=Batcher(runner, policy, dims=spec.dims),
         outputs=outputs,
         axes=axes,
         max_bytes=spec.max_bytes,
     )
 
 
-def _named(runner: Runner) -> list[str]:
-    """Return the named dimensions other than the batch."""
-    names = dict.fromkeys(size for spec in runner.inputs for size in spec.shape if isinstance(size, str))
-    return [name for name in names if name != batch_name(runner.inputs)]
-
-
 def _warm(runner: Runner, dims: Mapping[str, int]) -> Feeds:
-    feeds = random_feeds(runner, 1, dims, 0)
+    """Return the outputs of one request of the least size."""
+    first = runner.inputs[0].shape[0] if runner.inputs and runner.inputs[0].shape else 1
+    feeds = random_feeds(runner, first if isinstance(first, int) else 1, dims, 0)
     try:
         return runner.run(feeds)
     except Error:
