@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kernel_tables import engines, kernels, llama, modes
+from kernel_tables import bars, convolutions, engines, kernels, llama, modes
 from serving_tables import intervals, never_slower, server, stages
 
 HERE = Path(__file__).parent
@@ -205,7 +205,7 @@ def _file_ratio(row: dict[str, Any]) -> float:
 
 
 LOAD = (server, stages, intervals, never_slower)
-TABLES = (kernels, llama, modes, engines, pruning, speed, int8, kinds, *LOAD, accuracy, others, scaling)
+TABLES = (kernels, bars, convolutions, llama, modes, engines, pruning, speed, int8, kinds, *LOAD, accuracy, others, scaling)
 
 if __name__ == "__main__":
     main()
