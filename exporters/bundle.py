@@ -26,7 +26,15 @@ from ..kernels.tensorrt import node
 from ..optimizer import store, workspace
 from ..optimizer.errors import RecipeError
 from ..optimizer.model import Model
-from . import bundle_boards, bundle_examples, tensorrt_compare, tensorrt_profile, tensorrt_write, verify
+from . import (
+    bundle_boards,
+    bundle_examples,
+    tensorrt_compare,
+    tensorrt_profile,
+    tensorrt_rounding,
+    tensorrt_write,
+    verify,
+)
 from .bundle_boards import Board
 from .bundle_examples import Examples
 from .tensorrt_choice import Decision
@@ -119,9 +127,10 @@ def _is_bundle(path: Path) -> bool:
 def _contents(model: Model, name: str, board: Board, options: Options) -> _Contents:
     sizes = tensorrt_profile.complete(model.inputs, options.profile)
     graph = GraphOptions(precision=options.precision, opset=options.opset, keep=options.keep)
+    graph, measured = tensorrt_rounding.settle(model, graph)
     plugin = None
     if options.precision != "fp32":
-        found = lower(model, dataclasses.replace(graph, plugin=True))
+        found = _lowered(model, dataclasses.replace(graph, plugin=True), measured)
         plugin = found if any(one.op_type == node.OP for one in found.proto.graph.node) else None
     return _Contents(
         model=model,
@@ -129,10 +138,15 @@ def _contents(model: Model, name: str, board: Board, options: Options) -> _Conte
         board=board,
         options=options,
         sizes=sizes,
-        plain=lower(model, graph),
+        plain=_lowered(model, graph, measured),
         plugin=plugin,
         examples=bundle_examples.examples(model, sizes),
     )
+
+
+def _lowered(model: Model, graph: GraphOptions, measured: tuple[Decision, ...]) -> Lowered:
+    found = lower(model, graph)
+    return dataclasses.replace(found, decisions=(*found.decisions, *measured))
 
 
 def _write(contents: _Contents, folder: Path) -> None:

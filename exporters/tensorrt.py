@@ -33,9 +33,10 @@ class Options:
 
     profile: sizes of named dimensions. library: "tensorrt", "rtx" or "" for the first that is installed. sm: compute
     capabilities, "8.6" and so on, for TensorRT-RTX; none for an engine that any GPU can take. precision, opset, keep:
-    as in `tensorrt_graph.GraphOptions`. plugin: linear layers by our CUDA kernels, embedded into the engine (TensorRT
-    10.9 and later; never run on a GPU). timing_cache: a file that is read and written back. memory_bytes: private
-    memory of the process that builds, 0 for any amount.
+    as in `tensorrt_graph.GraphOptions`; more layers stay float32 where measuring asks for it (`tensorrt_rounding`).
+    plugin: linear layers by our CUDA kernels, embedded into the engine (TensorRT 10.9 and later; never run on a GPU).
+    timing_cache: a file that is read and written back. memory_bytes: private memory of the process that builds, 0 for
+    any amount.
     """
 
     profile: Mapping[str, Sizes] = field(default_factory=dict)

@@ -44,7 +44,8 @@ class GraphOptions:
 
     precision: type of the floats; inputs and outputs of the network keep theirs.
     opset: version of the standard operators; bfloat16 takes 22 for 21, the first whose convolutions have it.
-    keep: layers (parameters or modules) whose floats stay float32.
+    keep: layers (parameters or modules) whose floats stay float32. measured: modules whose operators do, since
+    `tensorrt_rounding` found them too far off; "" are those of no module.
     forms: "smallest" keeps packed weights where the engine is smaller by them, "stored" wherever TensorRT has them.
     plugin: layers multiply by codes in operators of the domain paredown, which a plugin has to have.
     example: inputs to trace with, two or more in each named dimension; seeded ones without it.
@@ -54,6 +55,7 @@ class GraphOptions:
     opset: int = 21
     plugin: bool = False
     keep: frozenset[str] = frozenset()
+    measured: frozenset[str] = frozenset()
     forms: Literal["smallest", "stored"] = "smallest"
     example: tuple[Tensor, ...] = field(default=(), repr=False)
 
@@ -115,7 +117,7 @@ def _rule(model: Model, options: GraphOptions) -> Rule:
     return Rule(
         smallest=options.forms == "smallest",
         itemsize=4 if options.precision == "fp32" else 2,
-        float32=frozenset(name for name in model.weights if _is_kept(name, options.keep)),
+        float32=frozenset(name for name in model.weights if _is_wide(name, options)),
         int4=options.version >= 21,
         plugin=tensorrt_plugin.refusal if options.plugin else None,
         dtype=DTYPES[options.precision],
@@ -130,18 +132,26 @@ def _check_keep(model: Model, keep: frozenset[str]) -> None:
         raise RecipeError(f'there is no layer "{name}" to keep in float32', fix=nearest(name, known))
 
 
+def _is_wide(weight: str, options: GraphOptions) -> bool:
+    """Whether a weight is multiplied in float32."""
+    return _is_kept(weight, options.keep) or weight.rpartition(".")[0] in options.measured
+
+
 def _is_kept(name: str, keep: Iterable[str]) -> bool:
     """Whether a parameter or the module of a node belongs to a layer that stays float32."""
     return any(name == layer or name.startswith(f"{layer}.") or name == short(layer) for layer in keep)
+
+
+def _stays_wide(node: ir.Node, options: GraphOptions) -> bool:
+    scope = str(node.name).rpartition("/")[0]
+    return scope in options.measured or _is_kept(scope, options.keep)
 
 
 def _cast(graph: ir.Model, options: GraphOptions) -> tuple[Kept, ...]:
     with quiet_loggers():
         passes.ShapeInferencePass()(graph)
         note_outputs(graph.graph)
-        kept = set_precision(
-            graph, options.precision, lambda node: _is_kept(str(node.name).rpartition("/")[0], options.keep)
-        )
+        kept = set_precision(graph, options.precision, lambda node: _stays_wide(node, options))
         passes.RemoveUnusedNodesPass()(graph)
         passes.ClearMetadataAndDocStringPass()(graph)
         passes.TopologicalSortPass()(graph)
@@ -167,7 +177,7 @@ def _typed(model: Model, options: GraphOptions) -> Model:
 def _dtypes(model: Model, options: GraphOptions) -> dict[str, torch.dtype]:
     """Return the type of the floats that each weight multiplies."""
     dtype = DTYPES[options.precision]
-    return {name: torch.float32 if _is_kept(name, options.keep) else dtype for name in model.weights}
+    return {name: torch.float32 if _is_wide(name, options) else dtype for name in model.weights}
 
 
 def _with_dtype(weight: Weight, dtype: torch.dtype) -> Weight:

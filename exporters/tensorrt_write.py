@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ..optimizer.artifact import mark
 from ..optimizer.model import Model
 from ..optimizer.workspace import file_sha256
-from . import tensorrt_build, tensorrt_engine, tensorrt_plugin, tensorrt_profile
+from . import tensorrt_build, tensorrt_engine, tensorrt_plugin, tensorrt_profile, tensorrt_rounding
 from .tensorrt_build import Built
 from .tensorrt_graph import GraphOptions, Lowered, lower
 from .tensorrt_library import Library
@@ -42,7 +42,9 @@ def write(model: Model, path: Path, order: Order) -> None:
     """Build in `order.folder`, then put everything into place: the engine last, so that what is beside it fits it."""
     options, made = order.options, order.folder / path.name
     how = GraphOptions(precision=options.precision, opset=options.opset, keep=options.keep, plugin=options.plugin)
+    how, measured = tensorrt_rounding.settle(model, how)
     lowered = lower(model, how)
+    lowered = dataclasses.replace(lowered, decisions=(*lowered.decisions, *measured))
     graph = tensorrt_engine.onnx_path(made)
     save(lowered.proto, graph)
     job = tensorrt_build.Job(
