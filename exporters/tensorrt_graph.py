@@ -16,11 +16,12 @@ import onnx_ir.passes.common as passes
 import torch
 
 from ..kernels.onnx_ops import DOMAIN, VERSION
+from ..optimizer import activations
 from ..optimizer.errors import ExportError, RecipeError, nearest
 from ..optimizer.model import Model
 from ..optimizer.steps import short
 from ..optimizer.weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
-from . import tensorrt_plugin
+from . import tensorrt_fp8, tensorrt_plugin
 from .onnx_file import clean
 from .onnx_forms import Forms
 from .onnx_qdq import place
@@ -47,12 +48,14 @@ class GraphOptions:
     keep: layers (parameters or modules) whose floats stay float32. measured: modules whose operators do, since
     `tensorrt_rounding` found them too far off; "" are those of no module.
     forms: "smallest" keeps packed weights where the engine is smaller by them, "stored" wherever TensorRT has them.
+    fp8: layers between int8 grids compute in floats of 8 bits instead (`tensorrt_fp8`).
     plugin: layers multiply by codes in operators of the domain paredown, which a plugin has to have.
     example: inputs to trace with, two or more in each named dimension; seeded ones without it.
     """
 
     precision: Precision = "fp16"
     opset: int = 21
+    fp8: bool = False
     plugin: bool = False
     keep: frozenset[str] = frozenset()
     measured: frozenset[str] = frozenset()
@@ -66,6 +69,9 @@ class GraphOptions:
             )
         if self.precision not in DTYPES:
             raise RecipeError(f'unknown precision "{self.precision}"', fix=nearest(self.precision, DTYPES))
+        if self.fp8 and self.opset < tensorrt_fp8.OPSET:
+            what = f"opset {self.opset} has no floats of 8 bits"
+            raise RecipeError(what, where="--fp8", fix=f"use {tensorrt_fp8.OPSET} or more")
         if self.plugin and self.precision == "fp32":
             what = "the plugin multiplies float16 and bfloat16, not float32"
             raise RecipeError(what, where="--plugin", fix="use --precision fp16 or bf16, or leave it out")
@@ -94,6 +100,9 @@ def lower(model: Model, options: GraphOptions | None = None) -> Lowered:
     graph = trace(exact.module(), exact.inputs, options.example or exact.examples(2), options.version)
     place(graph.graph, exact)
     adapt(graph.graph)
+    if options.fp8 and not tensorrt_fp8.convert(graph.graph):
+        what = "no layer computes in int8, which floats of 8 bits would stand for"
+        raise RecipeError(what, where="--fp8", fix="quantize with bits: 8 and activations: int8")
     choice = choose(graph.graph, exact, _rule(model, options))
     replace_weights(graph.graph, _typed(choice.model, options), _forms(options))
     clean(graph)
@@ -102,7 +111,7 @@ def lower(model: Model, options: GraphOptions | None = None) -> Lowered:
     _name_nodes(graph.graph)
     proto = ir.to_proto(graph)
     _check(proto)
-    decisions = _with_notes(choice.decisions, model)
+    decisions = _with_notes(choice.decisions, model, fp8=options.fp8)
     if options.plugin:
         taken = tensorrt_plugin.taken(graph.graph, _dtypes(model, options))
         decisions = [*taken.notes(decisions, choice.model.weights)]
@@ -205,13 +214,15 @@ def _name_nodes(graph: ir.Graph) -> None:
         seen.add(name)
 
 
-def _with_notes(decisions: Iterable[Decision], model: Model) -> list[Decision]:
+def _with_notes(decisions: Iterable[Decision], model: Model, *, fp8: bool) -> list[Decision]:
     """Say of layers whose inputs are rounded at run time, and of int8 grids, what TensorRT computes instead."""
     notes = []
     for decision in decisions:
         note = "" if decision.layer not in model.dynamic else "inputs are not rounded: TensorRT computes it exactly"
         if decision.form == "int8" and model.acts and _has_uneven_grids(model):
             note = "grids are made symmetric: TensorRT has no zero points"
+        if decision.form == "int8" and fp8 and model.acts and decision.layer in activations.layers(model):
+            decision = replace(decision, form="fp8", reason="computes in e4m3 between grids of the same reach")
         notes.append(replace(decision, reason=f"{decision.reason}; {note}") if note else decision)
     return notes
 

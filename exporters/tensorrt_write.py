@@ -41,7 +41,13 @@ class Order:
 def write(model: Model, path: Path, order: Order) -> None:
     """Build in `order.folder`, then put everything into place: the engine last, so that what is beside it fits it."""
     options, made = order.options, order.folder / path.name
-    how = GraphOptions(precision=options.precision, opset=options.opset, keep=options.keep, plugin=options.plugin)
+    how = GraphOptions(
+        precision=options.precision,
+        opset=options.opset,
+        keep=options.keep,
+        fp8=options.fp8,
+        plugin=options.plugin,
+    )
     how, measured = tensorrt_rounding.settle(model, how)
     lowered = lower(model, how)
     lowered = dataclasses.replace(lowered, decisions=(*lowered.decisions, *measured))
@@ -84,6 +90,7 @@ def _metadata(model: Model, made: Path, order: Order, results: tuple[Lowered, Bu
         compute_capability=order.sm or (tensorrt_engine.PORTABLE,),
         precision=options.precision,
         plugin=options.plugin,
+        fp8=options.fp8,
         opset=options.opset,
         profile={name: sizes.as_list() for name, sizes in order.sizes.items()},
         inputs=[{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in model.inputs],
