@@ -3,6 +3,7 @@
     .venv/bin/python tests/real/tensorrt_table.py real [NETWORK ...]    the real checkpoints
     .venv/bin/python tests/real/tensorrt_table.py zoo [NETWORK ...]     the networks of tests/zoo
     .venv/bin/python tests/real/tensorrt_table.py layers                single products, dense against codebooks
+    .venv/bin/python tests/real/tensorrt_table.py equal [NETWORK ...]   what the graphs compute, in onnxruntime
 
 Writes bench/results/tensorrt_<what>.json; rows of networks that are not named stay in it. Each engine is for SM86 and
 any batch of 1 to 32.
@@ -20,11 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import nn
 
-from paredown.exporters import tensorrt_build, tensorrt_library, tensorrt_profile
+from paredown.exporters import onnx as onnx_target
+from paredown.exporters import tensorrt_build, tensorrt_library, tensorrt_profile, tensorrt_rounding
+from paredown.exporters.difference import difference
 from paredown.exporters.tensorrt_graph import GraphOptions, Lowered, lower
+from paredown.exporters.tensorrt_integer import symmetric
 from paredown.exporters.tensorrt_write import save
 from paredown.optimizer import data, planning, quantize, recipe
 from paredown.optimizer.codes import Format
@@ -57,7 +62,7 @@ FORMS: Mapping[str, tuple[Any, Any]] = {
 
 def main() -> None:
     what, *names = sys.argv[1:]
-    rows = {"real": _real, "zoo": _zoo, "layers": _layers}[what](names)
+    rows = {"real": _real, "zoo": _zoo, "layers": _layers, "equal": _equal}[what](names)
     path, found = RESULTS / f"tensorrt_{what}.json", list[dict[str, Any]]()
     if names and path.is_file():
         found = [row for row in json.loads(path.read_text()) if row["network"] not in names]
@@ -72,6 +77,46 @@ def _real(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         if not names or file.stem in names:
             job = planning.load(recipe.read(file, [f"data.samples={SAMPLES}"]))
             yield from _rows(file.stem, job.model, job.calibration)
+
+
+def _equal(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield how far the graph of each form is from the portable file, and what float16 does to it."""
+    for file in sorted((HERE / "recipes").glob("*.yaml")):
+        if names and file.stem not in names:
+            continue
+        job = planning.load(recipe.read(file, [f"data.samples={SAMPLES}"]))
+        for form, (quantizer, fields) in {"dense": (None, {}), **FORMS}.items():
+            model = job.model if quantizer is None else _quantized(job.model, job.calibration, quantizer, fields)
+            found = tensorrt_rounding.measure(model, GraphOptions(precision="fp16", forms="stored"))
+            yield {
+                "network": file.stem,
+                "form": form,
+                "difference": _difference(model, job.calibration),
+                "fp16_error": found.error,
+                "fp16_error_before": found.before,
+                "float32_by_measure": list(found.keep),
+            }
+
+
+def _difference(model: Model, calibration: Calibration) -> float:
+    """Return the largest difference of an output between both files, over its largest value, on real inputs."""
+    exact = symmetric(replace(model, dynamic=frozenset()))
+    inputs = data.rebatch(calibration, FIXED_BATCH).batches[0]
+    feeds = {spec.name: x.numpy(force=True) for spec, x in zip(model.inputs, inputs, strict=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        portable, graph = Path(folder) / "portable.onnx", Path(folder) / "graph.onnx"
+        onnx_target.export(exact, portable)
+        save(lower(model, GraphOptions(precision="fp32", forms="stored")).proto, graph)
+        pairs = zip(_outputs(portable, feeds), _outputs(graph, feeds), strict=True)
+        return max(difference(want, have)[1] for want, have in pairs)
+
+
+def _outputs(path: Path, feeds: Mapping[str, Any]) -> list[Any]:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")  # floats between grids, as in the graph
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    return list(session.run(None, dict(feeds)))
 
 
 def _zoo(names: Sequence[str]) -> Iterator[dict[str, Any]]:
