@@ -47,7 +47,8 @@ class GraphOptions:
     opset: version of the standard operators; bfloat16 takes 22 for 21, the first whose convolutions have it.
     keep: layers (parameters or modules) whose floats stay float32. measured: modules whose operators do, since
     `tensorrt_rounding` found them too far off; "" are those of no module.
-    forms: "smallest" keeps packed weights where the engine is smaller by them, "stored" wherever TensorRT has them.
+    forms: "smallest" keeps packed weights where the engine is smaller by them, "stored" wherever TensorRT has them,
+    "floats" nowhere.
     fp8: layers between int8 grids compute in floats of 8 bits instead (`tensorrt_fp8`).
     plugin: layers multiply by codes in operators of the domain paredown, which a plugin has to have.
     example: inputs to trace with, two or more in each named dimension; seeded ones without it.
@@ -59,7 +60,7 @@ class GraphOptions:
     plugin: bool = False
     keep: frozenset[str] = frozenset()
     measured: frozenset[str] = frozenset()
-    forms: Literal["smallest", "stored"] = "smallest"
+    forms: Literal["smallest", "stored", "floats"] = "smallest"
     example: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +125,8 @@ def _forms(options: GraphOptions) -> Forms:
 
 def _rule(model: Model, options: GraphOptions) -> Rule:
     return Rule(
-        smallest=options.forms == "smallest",
+        smallest=options.forms != "stored",
+        floats=options.forms == "floats",
         itemsize=4 if options.precision == "fp32" else 2,
         float32=frozenset(name for name in model.weights if _is_wide(name, options)),
         int4=options.version >= 21,

@@ -28,9 +28,10 @@ from torch import nn
 from paredown.exporters import onnx as onnx_target
 from paredown.exporters import tensorrt_build, tensorrt_library, tensorrt_profile, tensorrt_rounding
 from paredown.exporters.difference import difference
+from paredown.exporters.tensorrt_build import Built
 from paredown.exporters.tensorrt_graph import GraphOptions, Lowered, lower
 from paredown.exporters.tensorrt_integer import symmetric
-from paredown.exporters.tensorrt_write import save
+from paredown.exporters.tensorrt_write import save, smallest
 from paredown.optimizer import data, planning, quantize, recipe
 from paredown.optimizer.codes import Format
 from paredown.optimizer.data import Calibration
@@ -153,7 +154,7 @@ def _rows(network: str, model: Model, calibration: Calibration) -> Iterator[dict
             yield {"network": network, "form": form, "error": str(error)}
             continue
         for choice in ("stored", "smallest"):
-            row = _built(small, GraphOptions(forms=choice))
+            row = _built(small, GraphOptions(forms=choice))  # "smallest" is built both ways, as by the export
             yield {"network": network, "form": form, "choice": choice, **row, **bytes_of}
 
 
@@ -176,33 +177,35 @@ def _built(model: Model, options: GraphOptions) -> dict[str, Any]:
     """Return bytes and seconds of an engine, how it holds the weights, or why there is none."""
     start = time.monotonic()
     try:
-        lowered = lower(model, options)
-        return {**_engine(model, lowered), "seconds": round(time.monotonic() - start, 1)}
+        with tempfile.TemporaryDirectory() as folder:
+            lowered, built = smallest(model, options, lambda found, name: _engine(model, found, Path(folder) / name))
+            return {**_row(lowered, built), "seconds": round(time.monotonic() - start, 1)}
     except Error as error:
         return {"engine_bytes": None, "error": str(error)}
 
 
-def _engine(model: Model, lowered: Lowered) -> dict[str, Any]:
+def _engine(model: Model, lowered: Lowered, folder: Path) -> Built:
     named = {size for spec in model.inputs for size in spec.shape if isinstance(size, str)}
     sizes = tensorrt_profile.parse([f"{name}={SIZES[name]}" for name in sorted(named & SIZES.keys())])
-    with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder) / "net.onnx"
-        save(lowered.proto, graph)
-        job = tensorrt_build.Job(
-            library=tensorrt_library.find("rtx"),
-            onnx=graph,
-            shapes=tensorrt_profile.shapes(model.inputs, tensorrt_profile.complete(model.inputs, sizes)),
-            sm=SM,
-        )
-        (work := Path(folder) / "build").mkdir()
-        built = tensorrt_build.build(job, work)
-        return {
-            "engine_bytes": built.engine.stat().st_size,
-            "onnx_bytes": lowered.proto.ByteSize(),
-            "kept": sum(decision.kept for decision in lowered.decisions),
-            "fallback": sum(not decision.kept for decision in lowered.decisions),
-            "forms": dict(sorted(Counter(one.form for one in lowered.decisions).items())),
-        }
+    (work := folder / "build").mkdir(parents=True)
+    save(lowered.proto, graph := folder / "net.onnx")
+    job = tensorrt_build.Job(
+        library=tensorrt_library.find("rtx"),
+        onnx=graph,
+        shapes=tensorrt_profile.shapes(model.inputs, tensorrt_profile.complete(model.inputs, sizes)),
+        sm=SM,
+    )
+    return tensorrt_build.build(job, work)
+
+
+def _row(lowered: Lowered, built: Built) -> dict[str, Any]:
+    return {
+        "engine_bytes": built.engine.stat().st_size,
+        "onnx_bytes": lowered.proto.ByteSize(),
+        "kept": sum(decision.kept for decision in lowered.decisions),
+        "fallback": sum(not decision.kept for decision in lowered.decisions),
+        "forms": dict(sorted(Counter(one.form for one in lowered.decisions).items())),
+    }
 
 
 if __name__ == "__main__":
