@@ -26,7 +26,16 @@ from ..kernels.tensorrt import node
 from ..optimizer import store, workspace
 from ..optimizer.errors import RecipeError
 from ..optimizer.model import Model
-from . import bundle_boards, bundle_examples, tensorrt_compare, tensorrt_profile, tensorrt_write, verify
+from . import (
+    bundle_boards,
+    bundle_examples,
+    tensorrt,
+    tensorrt_compare,
+    tensorrt_profile,
+    tensorrt_rounding,
+    tensorrt_write,
+    verify,
+)
 from .bundle_boards import Board
 from .bundle_examples import Examples
 from .tensorrt_choice import Decision
@@ -51,6 +60,7 @@ class Options:
     profile: Mapping[str, Sizes] = field(default_factory=dict)
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     keep: frozenset[str] = frozenset()
+    fp8: bool = False
     opset: int = 21
 
 
@@ -106,10 +116,13 @@ def _is_bundle(path: Path) -> bool:
 
 def _contents(model: Model, name: str, board: Board, options: Options) -> _Contents:
     sizes = tensorrt_profile.complete(model.inputs, options.profile)
-    graph = GraphOptions(precision=options.precision, opset=options.opset, keep=options.keep)
+    if options.fp8:
+        tensorrt.check_fp8(board.capabilities)
+    graph = GraphOptions(precision=options.precision, opset=options.opset, keep=options.keep, fp8=options.fp8)
+    graph, measured = tensorrt_rounding.settle(model, graph)
     plugin = None
     if options.precision != "fp32":
-        found = lower(model, dataclasses.replace(graph, plugin=True))
+        found = _lowered(model, dataclasses.replace(graph, plugin=True), measured)
         plugin = found if any(one.op_type == node.OP for one in found.proto.graph.node) else None
     return _Contents(
         model=model,
@@ -117,10 +130,15 @@ def _contents(model: Model, name: str, board: Board, options: Options) -> _Conte
         board=board,
         options=options,
         sizes=sizes,
-        plain=lower(model, graph),
+        plain=_lowered(model, graph, measured),
         plugin=plugin,
         examples=bundle_examples.examples(model, sizes),
     )
+
+
+def _lowered(model: Model, graph: GraphOptions, measured: tuple[Decision, ...]) -> Lowered:
+    found = lower(model, graph)
+    return dataclasses.replace(found, decisions=(*found.decisions, *measured))
 
 
 def _write(contents: _Contents, folder: Path) -> None:
@@ -229,7 +247,13 @@ def _tolerance(contents: _Contents) -> float:
     """Return what `optimize verify --runtime tensorrt` allows."""
     truth = tensorrt_compare.truth(contents.model)
     dtype = tensorrt_compare.DTYPES.get(contents.options.precision)
-    return max(verify.tolerance(truth, verify.Spec()), verify.TOLERANCE[dtype] if dtype else 0.0)
+    least = [verify.tolerance(truth, verify.Spec()), verify.TOLERANCE[dtype] if dtype else 0.0]
+    if contents.options.fp8:
+        with tempfile.TemporaryDirectory(prefix="paredown-") as made:
+            graph = Path(made) / GRAPH
+            tensorrt_write.save(contents.plain.proto, graph)
+            least.append(verify.SLACK * tensorrt_compare.moved(truth, graph, truth.examples(tensorrt_compare.ROWS)))
+    return max(least)
 
 
 def _plugin_layers(contents: _Contents) -> list[str]:

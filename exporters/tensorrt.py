@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .verify import Spec
 
 suffix = ".engine"
+CAPABILITY = (8, 9)
+"""The first with floats of 8 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +35,11 @@ class Options:
 
     profile: sizes of named dimensions. library: "tensorrt", "rtx" or "" for the first that is installed. sm: compute
     capabilities, "8.6" and so on, for TensorRT-RTX; none for an engine that any GPU can take. precision, opset, keep:
-    as in `tensorrt_graph.GraphOptions`. plugin: linear layers by our CUDA kernels, embedded into the engine (TensorRT
-    10.9 and later; never run on a GPU). timing_cache: a file that is read and written back. memory_bytes: private
-    memory of the process that builds, 0 for any amount.
+    as in `tensorrt_graph.GraphOptions`; more layers stay float32 where measuring asks for it (`tensorrt_rounding`).
+    fp8: layers between int8 grids compute in floats of 8 bits (`tensorrt_fp8`), from compute capability 8.9 on.
+    plugin: linear layers by our CUDA kernels, embedded into the engine (TensorRT 10.9 and later; never run on a GPU).
+    timing_cache: a file that is read and written back. memory_bytes: private memory of the process that builds, 0 for
+    any amount.
     """
 
     profile: Mapping[str, Sizes] = field(default_factory=dict)
@@ -44,6 +48,7 @@ class Options:
     sm: tuple[str, ...] = ()
     opset: int = 21
     keep: frozenset[str] = frozenset()
+    fp8: bool = False
     plugin: bool = False
     timing_cache: Path | None = None
     memory_bytes: int = 0
@@ -64,6 +69,8 @@ def export(model: Model, path: Path, options: Options | None = None) -> None:
     sizes = tensorrt_profile.complete(model.inputs, options.profile)
     _check_plugin(library, options)
     targets = _targets(library, options)
+    if options.fp8:
+        check_fp8(targets)
     _check_timing_cache(library, options.timing_cache)
     from .tensorrt_write import Order, write
 
@@ -102,6 +109,14 @@ def decisions(path: Path) -> Sequence[Mapping[str, Any]]:
 def examine() -> list[str]:
     """Return lines for `optimize doctor`: which libraries are installed, and what they can do here."""
     return tensorrt_library.examine()
+
+
+def check_fp8(capabilities: Sequence[str]) -> None:
+    """Raise RecipeError where a GPU of these has no floats of 8 bits."""
+    for name in capabilities:
+        if tuple(map(int, name.split("."))) < CAPABILITY:
+            what = f"compute capability {name} has no floats of 8 bits, which came with 8.9"
+            raise RecipeError(what, where="--fp8", fix="leave it out: int8 is what such a GPU has")
 
 
 def _check_plugin(library: Library, options: Options) -> None:

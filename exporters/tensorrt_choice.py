@@ -55,12 +55,14 @@ class Decision:
 class Rule:
     """What forms are chosen by.
 
-    smallest: keep a form only where it makes the engine smaller; else wherever TensorRT has it.
+    smallest: keep a form only where it makes the engine smaller; else wherever TensorRT has it. floats: keep none but
+    those of layers between int8 grids.
     itemsize: bytes of a float in the engine. float32: the layers whose floats take four.
     int4: whether the opset has it. plugin: why no plugin multiplies floats of a type by a weight; None without one.
     """
 
     smallest: bool = True
+    floats: bool = False
     itemsize: int = 2
     float32: frozenset[str] = field(default_factory=frozenset)
     int4: bool = True
@@ -86,7 +88,7 @@ def choose(graph: ir.Graph, model: Model, rule: Rule) -> Choice:
     }
     light, full = ({name: layer.best(decoding=d) for name, layer in open_layers.items()} for d in (False, True))
     saved = sum(light[name].bytes - full[name].bytes for name in open_layers)
-    pays = saved > ENGINE_BYTES or not rule.smallest
+    pays = not rule.floats and (saved > ENGINE_BYTES or not rule.smallest)
     picked = full if pays else light
     decided = {name: layer.decision(picked[name], full[name], saved) for name, layer in open_layers.items()}
     for name in integers:

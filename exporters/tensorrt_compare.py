@@ -12,15 +12,18 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch.utils import _pytree as pytree
 
 from ..optimizer.artifact import hide_nothing
 from ..optimizer.model import Model
 from . import tensorrt_build, tensorrt_engine, tensorrt_library, tensorrt_plugin, tensorrt_profile
+from .difference import difference
+from .onnx_runner import load
 from .runner import Open, Runner, RunnerOptions
 from .tensorrt_engine import PORTABLE, Metadata
 from .tensorrt_integer import symmetric
 from .tensorrt_profile import Sizes
-from .verify import TOLERANCE, Graph, Spec, tolerance
+from .verify import SLACK, TOLERANCE, Graph, Spec, tolerance
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 AT_ONCE = 4
@@ -40,12 +43,25 @@ def spec(path: Path, model: Model) -> Spec:
     inputs = hide_nothing(model.inputs, tuple(known.example(sizes, generator) for known in model.inputs))
     graph = tensorrt_engine.onnx_path(path)
     dtype = DTYPES.get(metadata.precision)
+    least = [tolerance(model, Spec()), *([TOLERANCE[dtype]] if dtype else [])]
+    if metadata.fp8 and graph.is_file():
+        least.append(SLACK * moved(model, graph, inputs))
     return Spec(
         batches=tuple(batches),
-        rel=max(tolerance(model, Spec()), TOLERANCE[dtype]) if dtype else None,
+        rel=max(least) if len(least) > 1 else None,
         inputs=inputs,
         graph=Graph(path=graph, open_=opener(metadata), at_once=AT_ONCE) if graph.is_file() else None,
     )
+
+
+def moved(model: Model, graph: Path, inputs: tuple[torch.Tensor, ...]) -> float:
+    """Return how far floats of 8 bits move the outputs from those of int8 grids, as ONNX Runtime runs the graph."""
+    feeds = {spec.name: x.numpy(force=True) for spec, x in zip(model.inputs, inputs, strict=True)}
+    with torch.no_grad():
+        leaves = [x for x in pytree.tree_leaves(model.module()(*inputs)) if isinstance(x, torch.Tensor)]
+    have = load(graph, RunnerOptions()).run(feeds)
+    pairs = zip(leaves, have.values(), strict=True)
+    return max((difference(want.numpy(), value)[1] for want, value in pairs if want.is_floating_point()), default=0.0)
 
 
 def truth(model: Model) -> Model:

@@ -43,7 +43,8 @@ class Metadata:
 
     compute_capability: "8.7", or PORTABLE. profile: least, usual and largest size of each named dimension.
     timing_cache_sha256: of the cache that was read, and of that written back; None without one.
-    decisions: what became of each layer, and why. plugin: whether kernels of ours are embedded.
+    decisions: what became of each layer, and why. plugin: whether kernels of ours are embedded. fp8: whether layers
+    between int8 grids compute in floats of 8 bits.
     """
 
     library: Name
@@ -62,6 +63,7 @@ class Metadata:
     timing_cache_sha256: str | None = None
     decisions: Sequence[Mapping[str, Any]] = ()
     plugin: bool = False
+    fp8: bool = False
 
     def specs(self) -> tuple[InputSpec, ...]:
         return tuple(InputSpec(name=i["name"], shape=tuple(i["shape"]), dtype=i["dtype"]) for i in self.inputs)

@@ -16,11 +16,12 @@ import onnx_ir.passes.common as passes
 import torch
 
 from ..kernels.onnx_ops import DOMAIN, VERSION
+from ..optimizer import activations
 from ..optimizer.errors import ExportError, RecipeError, nearest
 from ..optimizer.model import Model
 from ..optimizer.steps import short
 from ..optimizer.weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
-from . import tensorrt_plugin
+from . import tensorrt_fp8, tensorrt_plugin
 from .onnx_file import clean
 from .onnx_forms import Forms
 from .onnx_qdq import place
@@ -44,17 +45,22 @@ class GraphOptions:
 
     precision: type of the floats; inputs and outputs of the network keep theirs.
     opset: version of the standard operators; bfloat16 takes 22 for 21, the first whose convolutions have it.
-    keep: layers (parameters or modules) whose floats stay float32.
-    forms: "smallest" keeps packed weights where the engine is smaller by them, "stored" wherever TensorRT has them.
+    keep: layers (parameters or modules) whose floats stay float32. measured: modules whose operators do, since
+    `tensorrt_rounding` found them too far off; "" are those of no module.
+    forms: "smallest" keeps packed weights where the engine is smaller by them, "stored" wherever TensorRT has them,
+    "floats" nowhere.
+    fp8: layers between int8 grids compute in floats of 8 bits instead (`tensorrt_fp8`).
     plugin: layers multiply by codes in operators of the domain paredown, which a plugin has to have.
     example: inputs to trace with, two or more in each named dimension; seeded ones without it.
     """
 
     precision: Precision = "fp16"
     opset: int = 21
+    fp8: bool = False
     plugin: bool = False
     keep: frozenset[str] = frozenset()
-    forms: Literal["smallest", "stored"] = "smallest"
+    measured: frozenset[str] = frozenset()
+    forms: Literal["smallest", "stored", "floats"] = "smallest"
     example: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +70,9 @@ class GraphOptions:
             )
         if self.precision not in DTYPES:
             raise RecipeError(f'unknown precision "{self.precision}"', fix=nearest(self.precision, DTYPES))
+        if self.fp8 and self.opset < tensorrt_fp8.OPSET:
+            what = f"opset {self.opset} has no floats of 8 bits"
+            raise RecipeError(what, where="--fp8", fix=f"use {tensorrt_fp8.OPSET} or more")
         if self.plugin and self.precision == "fp32":
             what = "the plugin multiplies float16 and bfloat16, not float32"
             raise RecipeError(what, where="--plugin", fix="use --precision fp16 or bf16, or leave it out")
@@ -92,6 +101,9 @@ def lower(model: Model, options: GraphOptions | None = None) -> Lowered:
     graph = trace(exact.module(), exact.inputs, options.example or exact.examples(2), options.version)
     place(graph.graph, exact)
     adapt(graph.graph)
+    if options.fp8 and not tensorrt_fp8.convert(graph.graph):
+        what = "no layer computes in int8, which floats of 8 bits would stand for"
+        raise RecipeError(what, where="--fp8", fix="quantize with bits: 8 and activations: int8")
     choice = choose(graph.graph, exact, _rule(model, options))
     replace_weights(graph.graph, _typed(choice.model, options), _forms(options))
     clean(graph)
@@ -100,7 +112,7 @@ def lower(model: Model, options: GraphOptions | None = None) -> Lowered:
     _name_nodes(graph.graph)
     proto = ir.to_proto(graph)
     _check(proto)
-    decisions = _with_notes(choice.decisions, model)
+    decisions = _with_notes(choice.decisions, model, fp8=options.fp8)
     if options.plugin:
         taken = tensorrt_plugin.taken(graph.graph, _dtypes(model, options))
         decisions = [*taken.notes(decisions, choice.model.weights)]
@@ -113,9 +125,10 @@ def _forms(options: GraphOptions) -> Forms:
 
 def _rule(model: Model, options: GraphOptions) -> Rule:
     return Rule(
-        smallest=options.forms == "smallest",
+        smallest=options.forms != "stored",
+        floats=options.forms == "floats",
         itemsize=4 if options.precision == "fp32" else 2,
-        float32=frozenset(name for name in model.weights if _is_kept(name, options.keep)),
+        float32=frozenset(name for name in model.weights if _is_wide(name, options)),
         int4=options.version >= 21,
         plugin=tensorrt_plugin.refusal if options.plugin else None,
         dtype=DTYPES[options.precision],
@@ -130,18 +143,26 @@ def _check_keep(model: Model, keep: frozenset[str]) -> None:
         raise RecipeError(f'there is no layer "{name}" to keep in float32', fix=nearest(name, known))
 
 
+def _is_wide(weight: str, options: GraphOptions) -> bool:
+    """Whether a weight is multiplied in float32."""
+    return _is_kept(weight, options.keep) or weight.rpartition(".")[0] in options.measured
+
+
 def _is_kept(name: str, keep: Iterable[str]) -> bool:
     """Whether a parameter or the module of a node belongs to a layer that stays float32."""
     return any(name == layer or name.startswith(f"{layer}.") or name == short(layer) for layer in keep)
+
+
+def _stays_wide(node: ir.Node, options: GraphOptions) -> bool:
+    scope = str(node.name).rpartition("/")[0]
+    return scope in options.measured or _is_kept(scope, options.keep)
 
 
 def _cast(graph: ir.Model, options: GraphOptions) -> tuple[Kept, ...]:
     with quiet_loggers():
         passes.ShapeInferencePass()(graph)
         note_outputs(graph.graph)
-        kept = set_precision(
-            graph, options.precision, lambda node: _is_kept(str(node.name).rpartition("/")[0], options.keep)
-        )
+        kept = set_precision(graph, options.precision, lambda node: _stays_wide(node, options))
         passes.RemoveUnusedNodesPass()(graph)
         passes.ClearMetadataAndDocStringPass()(graph)
         passes.TopologicalSortPass()(graph)
@@ -167,7 +188,7 @@ def _typed(model: Model, options: GraphOptions) -> Model:
 def _dtypes(model: Model, options: GraphOptions) -> dict[str, torch.dtype]:
     """Return the type of the floats that each weight multiplies."""
     dtype = DTYPES[options.precision]
-    return {name: torch.float32 if _is_kept(name, options.keep) else dtype for name in model.weights}
+    return {name: torch.float32 if _is_wide(name, options) else dtype for name in model.weights}
 
 
 def _with_dtype(weight: Weight, dtype: torch.dtype) -> Weight:
@@ -195,13 +216,15 @@ def _name_nodes(graph: ir.Graph) -> None:
         seen.add(name)
 
 
-def _with_notes(decisions: Iterable[Decision], model: Model) -> list[Decision]:
+def _with_notes(decisions: Iterable[Decision], model: Model, *, fp8: bool) -> list[Decision]:
     """Say of layers whose inputs are rounded at run time, and of int8 grids, what TensorRT computes instead."""
     notes = []
     for decision in decisions:
         note = "" if decision.layer not in model.dynamic else "inputs are not rounded: TensorRT computes it exactly"
         if decision.form == "int8" and model.acts and _has_uneven_grids(model):
             note = "grids are made symmetric: TensorRT has no zero points"
+        if decision.form == "int8" and fp8 and model.acts and decision.layer in activations.layers(model):
+            decision = replace(decision, form="fp8", reason="computes in e4m3 between grids of the same reach")
         notes.append(replace(decision, reason=f"{decision.reason}; {note}") if note else decision)
     return notes
 

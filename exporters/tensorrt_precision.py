@@ -58,6 +58,11 @@ def set_precision(model: ir.Model, precision: Precision, keep: Callable[[ir.Node
     return tuple(Kept(node=str(node.name), reason=reason) for node, reason in reasons.items() if reason)
 
 
+def wide(graph: ir.Graph, precision: Precision) -> frozenset[str]:
+    """Return the names of the nodes that stay float32 for what they are."""
+    return frozenset(str(node.name) for node, _ in _kept(graph, precision, lambda node: False))
+
+
 def _kept(graph: ir.Graph, precision: Precision, keep: Callable[[ir.Node], bool]) -> Iterator[tuple[ir.Node, str]]:
     """Yield the nodes that stay float32, with the reason where the user has not asked for it."""
     wide: set[ir.Value] = set()

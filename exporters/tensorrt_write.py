@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
+from ..optimizer import activations
 from ..optimizer.artifact import mark
 from ..optimizer.model import Model
 from ..optimizer.workspace import file_sha256
-from . import tensorrt_build, tensorrt_engine, tensorrt_plugin, tensorrt_profile
+from . import tensorrt_build, tensorrt_engine, tensorrt_plugin, tensorrt_profile, tensorrt_rounding
 from .tensorrt_build import Built
 from .tensorrt_graph import GraphOptions, Lowered, lower
 from .tensorrt_library import Library
@@ -41,9 +42,53 @@ class Order:
 def write(model: Model, path: Path, order: Order) -> None:
     """Build in `order.folder`, then put everything into place: the engine last, so that what is beside it fits it."""
     options, made = order.options, order.folder / path.name
-    how = GraphOptions(precision=options.precision, opset=options.opset, keep=options.keep, plugin=options.plugin)
-    lowered = lower(model, how)
+    how = GraphOptions(
+        precision=options.precision,
+        opset=options.opset,
+        keep=options.keep,
+        fp8=options.fp8,
+        plugin=options.plugin,
+    )
+    how, measured = tensorrt_rounding.settle(model, how)
+    lowered, built = smallest(model, how, lambda found, name: _built(model, order, found, order.folder / name))
+    lowered = dataclasses.replace(lowered, decisions=(*lowered.decisions, *measured))
     graph = tensorrt_engine.onnx_path(made)
+    save(lowered.proto, graph)
+    built.engine.rename(made)
+    metadata = _metadata(model, made, order, (lowered, built))
+    metadata.write(tensorrt_engine.metadata_path(made))
+    _put(order, path, built)
+
+
+def smallest(model: Model, how: GraphOptions, build: Callable[[Lowered, str], Built]) -> tuple[Lowered, Built]:
+    """Return the graph and its engine, built with packed weights and with floats where `how` asks for the smallest.
+
+    build: makes an engine, in a place of that name.
+    """
+    lowered = lower(model, how)
+    built = build(lowered, "packed")
+    between = activations.layers(model)
+    packed = {one.layer for one in lowered.decisions if one.kept and one.form != "dense" and one.layer not in between}
+    if how.plugin or how.forms != "smallest" or not packed:
+        return lowered, built
+    floats = lower(model, dataclasses.replace(how, forms="floats"))
+    other = build(floats, "floats")
+    sizes = built.engine.stat().st_size, other.engine.stat().st_size
+    both = f"built both ways, the engine takes {sizes[0]} bytes with packed weights, {sizes[1]} with floats"
+    if sizes[1] < sizes[0]:
+        told = [dataclasses.replace(one, reason=both) if one.layer in packed else one for one in floats.decisions]
+        return dataclasses.replace(floats, decisions=tuple(told)), other
+    told = [
+        dataclasses.replace(one, reason=f"{one.reason}; {both}") if one.layer in packed else one
+        for one in lowered.decisions
+    ]
+    return dataclasses.replace(lowered, decisions=tuple(told)), built
+
+
+def _built(model: Model, order: Order, lowered: Lowered, folder: Path) -> Built:
+    """Build an engine in a new folder."""
+    folder.mkdir()
+    options, graph = order.options, folder / "graph.onnx"
     save(lowered.proto, graph)
     job = tensorrt_build.Job(
         library=order.library,
@@ -52,16 +97,12 @@ def write(model: Model, path: Path, order: Order) -> None:
         sm=order.sm if order.library.name == "rtx" else (),
         timing_cache=options.timing_cache,
         memory_bytes=options.memory_bytes,
-        plugin=order.folder / "kernels" if options.plugin else None,
+        plugin=folder / "kernels" if options.plugin else None,
     )
     if job.plugin is not None:
         tensorrt_plugin.write_kernels(lowered.proto, job.plugin)
-    (work := order.folder / "build").mkdir()
-    built = tensorrt_build.build(job, work)
-    built.engine.rename(made)
-    metadata = _metadata(model, made, order, (lowered, built))
-    metadata.write(tensorrt_engine.metadata_path(made))
-    _put(order, path, built)
+    (work := folder / "build").mkdir()
+    return tensorrt_build.build(job, work)
 
 
 def save(proto: onnx.ModelProto, path: Path) -> None:
@@ -82,6 +123,7 @@ def _metadata(model: Model, made: Path, order: Order, results: tuple[Lowered, Bu
         compute_capability=order.sm or (tensorrt_engine.PORTABLE,),
         precision=options.precision,
         plugin=options.plugin,
+        fp8=options.fp8,
         opset=options.opset,
         profile={name: sizes.as_list() for name, sizes in order.sizes.items()},
         inputs=[{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in model.inputs],

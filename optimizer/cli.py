@@ -82,6 +82,7 @@ def _graph(function: Any) -> Any:
             "--precision", type=click.Choice(("fp16", "bf16", "fp32")), help="tensorrt: of what is float.  [fp16]"
         ),
         click.option("--keep", multiple=True, metavar="LAYER", help="tensorrt: a layer that stays in float32."),
+        click.option("--fp8", is_flag=True, help="tensorrt: int8 layers as floats of 8 bits (from SM 8.9 on)."),
     )
     for option in reversed(options):
         function = option(function)

@@ -103,7 +103,7 @@ def line(weight: Weight) -> Model:
     return model.with_weights({"line.weight": weight})
 
 
-def engine_bytes(model: Model, lowered: Lowered, folder: Path) -> int:
+def engine_bytes(model: Model, lowered: Lowered, folder: Path, sm: str = "8.6") -> int:
     onnx.save(lowered.proto, folder / "net.onnx")
     named = {size for spec in model.inputs for size in spec.shape if isinstance(size, str)}
     known = tensorrt_profile.parse([f"{name}=4:8:16" for name in sorted(named - {"batch"})])
@@ -111,7 +111,7 @@ def engine_bytes(model: Model, lowered: Lowered, folder: Path) -> int:
         library=tensorrt_library.find("rtx"),
         onnx=folder / "net.onnx",
         shapes=tensorrt_profile.shapes(model.inputs, tensorrt_profile.complete(model.inputs, known)),
-        sm=("8.6",),
+        sm=(sm,),
     )
     (folder / "build").mkdir()
     return tensorrt_build.build(job, folder / "build").engine.stat().st_size

@@ -30,7 +30,33 @@ def main() -> None:
 
 def page() -> str:
     """Return the page as the results are now."""
-    return "\n".join([HEAD, *(_section(what) for what in TITLES)])
+    return "\n".join([HEAD, *(_section(what) for what in TITLES), _equal()])
+
+
+def _equal() -> str:
+    """Return the table of what the graphs compute."""
+    rows: Sequence[Row] = json.loads((ROOT / "bench" / "results" / "tensorrt_equal.json").read_text())
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    lines = [EQUAL, f"| | {' | '.join(forms)} |", "|---|" + "---|" * len(forms)]
+    for network in dict.fromkeys(row["network"] for row in rows):
+        mine = {row["form"]: row for row in rows if row["network"] == network}
+        lines.append(f"| {network} | {' | '.join(_equal_cell(mine[form]) for form in forms)} |")
+    return "\n".join([*lines, ""])
+
+
+def _equal_cell(row: Row) -> str:
+    kept = row["float32_by_measure"]
+    shown = f"{row['difference']:.0e}, {row['fp16_error_before']:.0e}"
+    return f"{shown} ({row['fp16_error']:.0e} with {', '.join(kept)} in float32)" if kept else shown
+
+
+EQUAL = """## What the graphs compute
+
+Real checkpoints in onnxruntime, `python tests/real/tensorrt_table.py equal`: largest difference of an output, over its
+largest value, between the float32 graph with stored forms and the portable file on two real samples, then what rounding to
+float16 does to the graph on three seeded ones; in brackets, where that is more than an engine may be off by, what
+stays float32 for it and what is left.
+"""
 
 
 def _section(what: str) -> str:

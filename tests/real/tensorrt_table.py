@@ -3,6 +3,7 @@
     .venv/bin/python tests/real/tensorrt_table.py real [NETWORK ...]    the real checkpoints
     .venv/bin/python tests/real/tensorrt_table.py zoo [NETWORK ...]     the networks of tests/zoo
     .venv/bin/python tests/real/tensorrt_table.py layers                single products, dense against codebooks
+    .venv/bin/python tests/real/tensorrt_table.py equal [NETWORK ...]   what the graphs compute, in onnxruntime
 
 Writes bench/results/tensorrt_<what>.json; rows of networks that are not named stay in it. Each engine is for SM86 and
 any batch of 1 to 32.
@@ -20,12 +21,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import nn
 
-from paredown.exporters import tensorrt_build, tensorrt_library, tensorrt_profile
+from paredown.exporters import onnx as onnx_target
+from paredown.exporters import tensorrt_build, tensorrt_library, tensorrt_profile, tensorrt_rounding
+from paredown.exporters.difference import difference
+from paredown.exporters.tensorrt_build import Built
 from paredown.exporters.tensorrt_graph import GraphOptions, Lowered, lower
-from paredown.exporters.tensorrt_write import save
+from paredown.exporters.tensorrt_integer import symmetric
+from paredown.exporters.tensorrt_write import save, smallest
 from paredown.optimizer import data, planning, quantize, recipe
 from paredown.optimizer.codes import Format
 from paredown.optimizer.data import Calibration
@@ -57,7 +63,7 @@ FORMS: Mapping[str, tuple[Any, Any]] = {
 
 def main() -> None:
     what, *names = sys.argv[1:]
-    rows = {"real": _real, "zoo": _zoo, "layers": _layers}[what](names)
+    rows = {"real": _real, "zoo": _zoo, "layers": _layers, "equal": _equal}[what](names)
     path, found = RESULTS / f"tensorrt_{what}.json", list[dict[str, Any]]()
     if names and path.is_file():
         found = [row for row in json.loads(path.read_text()) if row["network"] not in names]
@@ -72,6 +78,46 @@ def _real(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         if not names or file.stem in names:
             job = planning.load(recipe.read(file, [f"data.samples={SAMPLES}"]))
             yield from _rows(file.stem, job.model, job.calibration)
+
+
+def _equal(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield how far the graph of each form is from the portable file, and what float16 does to it."""
+    for file in sorted((HERE / "recipes").glob("*.yaml")):
+        if names and file.stem not in names:
+            continue
+        job = planning.load(recipe.read(file, [f"data.samples={SAMPLES}"]))
+        for form, (quantizer, fields) in {"dense": (None, {}), **FORMS}.items():
+            model = job.model if quantizer is None else _quantized(job.model, job.calibration, quantizer, fields)
+            found = tensorrt_rounding.measure(model, GraphOptions(precision="fp16", forms="stored"))
+            yield {
+                "network": file.stem,
+                "form": form,
+                "difference": _difference(model, job.calibration),
+                "fp16_error": found.error,
+                "fp16_error_before": found.before,
+                "float32_by_measure": list(found.keep),
+            }
+
+
+def _difference(model: Model, calibration: Calibration) -> float:
+    """Return the largest difference of an output between both files, over its largest value, on real inputs."""
+    exact = symmetric(replace(model, dynamic=frozenset()))
+    inputs = data.rebatch(calibration, FIXED_BATCH).batches[0]
+    feeds = {spec.name: x.numpy(force=True) for spec, x in zip(model.inputs, inputs, strict=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        portable, graph = Path(folder) / "portable.onnx", Path(folder) / "graph.onnx"
+        onnx_target.export(exact, portable)
+        save(lower(model, GraphOptions(precision="fp32", forms="stored")).proto, graph)
+        pairs = zip(_outputs(portable, feeds), _outputs(graph, feeds), strict=True)
+        return max(difference(want, have)[1] for want, have in pairs)
+
+
+def _outputs(path: Path, feeds: Mapping[str, Any]) -> list[Any]:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")  # floats between grids, as in the graph
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    return list(session.run(None, dict(feeds)))
 
 
 def _zoo(names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -108,7 +154,7 @@ def _rows(network: str, model: Model, calibration: Calibration) -> Iterator[dict
             yield {"network": network, "form": form, "error": str(error)}
             continue
         for choice in ("stored", "smallest"):
-            row = _built(small, GraphOptions(forms=choice))
+            row = _built(small, GraphOptions(forms=choice))  # "smallest" is built both ways, as by the export
             yield {"network": network, "form": form, "choice": choice, **row, **bytes_of}
 
 
@@ -131,33 +177,35 @@ def _built(model: Model, options: GraphOptions) -> dict[str, Any]:
     """Return bytes and seconds of an engine, how it holds the weights, or why there is none."""
     start = time.monotonic()
     try:
-        lowered = lower(model, options)
-        return {**_engine(model, lowered), "seconds": round(time.monotonic() - start, 1)}
+        with tempfile.TemporaryDirectory() as folder:
+            lowered, built = smallest(model, options, lambda found, name: _engine(model, found, Path(folder) / name))
+            return {**_row(lowered, built), "seconds": round(time.monotonic() - start, 1)}
     except Error as error:
         return {"engine_bytes": None, "error": str(error)}
 
 
-def _engine(model: Model, lowered: Lowered) -> dict[str, Any]:
+def _engine(model: Model, lowered: Lowered, folder: Path) -> Built:
     named = {size for spec in model.inputs for size in spec.shape if isinstance(size, str)}
     sizes = tensorrt_profile.parse([f"{name}={SIZES[name]}" for name in sorted(named & SIZES.keys())])
-    with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder) / "net.onnx"
-        save(lowered.proto, graph)
-        job = tensorrt_build.Job(
-            library=tensorrt_library.find("rtx"),
-            onnx=graph,
-            shapes=tensorrt_profile.shapes(model.inputs, tensorrt_profile.complete(model.inputs, sizes)),
-            sm=SM,
-        )
-        (work := Path(folder) / "build").mkdir()
-        built = tensorrt_build.build(job, work)
-        return {
-            "engine_bytes": built.engine.stat().st_size,
-            "onnx_bytes": lowered.proto.ByteSize(),
-            "kept": sum(decision.kept for decision in lowered.decisions),
-            "fallback": sum(not decision.kept for decision in lowered.decisions),
-            "forms": dict(sorted(Counter(one.form for one in lowered.decisions).items())),
-        }
+    (work := folder / "build").mkdir(parents=True)
+    save(lowered.proto, graph := folder / "net.onnx")
+    job = tensorrt_build.Job(
+        library=tensorrt_library.find("rtx"),
+        onnx=graph,
+        shapes=tensorrt_profile.shapes(model.inputs, tensorrt_profile.complete(model.inputs, sizes)),
+        sm=SM,
+    )
+    return tensorrt_build.build(job, work)
+
+
+def _row(lowered: Lowered, built: Built) -> dict[str, Any]:
+    return {
+        "engine_bytes": built.engine.stat().st_size,
+        "onnx_bytes": lowered.proto.ByteSize(),
+        "kept": sum(decision.kept for decision in lowered.decisions),
+        "fallback": sum(not decision.kept for decision in lowered.decisions),
+        "forms": dict(sorted(Counter(one.form for one in lowered.decisions).items())),
+    }
 
 
 if __name__ == "__main__":
