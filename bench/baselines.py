@@ -29,8 +29,8 @@ class Wanted:
     """Which baselines, of which file, where they are written, and what they are calibrated with.
 
     feeds: () = seeded random inputs, after which an accuracy means nothing. cells: batch sizes and sizes of other named
-    dimensions that trtexec, which is not one of the artifacts that alternate, is run with. remote: a board measures, and
-    trtexec would on this machine.
+    dimensions that trtexec, which is not one of the artifacts that alternate, is run with. remote: a board
+    measures, and trtexec would on this machine.
     """
 
     names: tuple[str, ...]

@@ -114,9 +114,7 @@ def measure(
     return remote.Found(rows=rows, environment=fingerprint())
 
 
-def _prepare(
-    request: Request, scenario: str, spec: Any, folder: Path, progress: Progress
-) -> baselines.Prepared:
+def _prepare(request: Request, scenario: str, spec: Any, folder: Path, progress: Progress) -> baselines.Prepared:
     """Make the baselines of the first artifact in a folder that is deleted; run keeps its own beside the original."""
     if not request.baselines:
         return baselines.Prepared()

@@ -33,6 +33,17 @@ CHAIN = 65
 """Operators of the longer of two chains whose difference says what one operator costs that does nothing."""
 
 
+SAMPLING = Sampling(
+    min_seconds=0.1,
+    min_count=100,
+    max_seconds=2.0,
+    min_rounds=40,
+    burst_seconds=0.002,
+    warmup_seconds=0.2,
+    warmup_rounds=3,
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """What to measure under, and for how long each call of a pair; `sampling` may be shortened by tests."""
@@ -40,15 +51,7 @@ class Spec:
     batch: tuple[int, ...]
     threads: tuple[int, ...]
     seed: int = 0
-    sampling: Sampling = Sampling(
-        min_seconds=0.1,
-        min_count=100,
-        max_seconds=2.0,
-        min_rounds=40,
-        burst_seconds=0.002,
-        warmup_seconds=0.2,
-        warmup_rounds=3,
-    )
+    sampling: Sampling = SAMPLING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

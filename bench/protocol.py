@@ -1,7 +1,7 @@
 """The open inference protocol (KServe v2, HTTP) as far as tensors go: JSON, and the binary extension of Triton.
 
-A body is a JSON object; with the header Inference-Header-Content-Length it ends after so many bytes, and the raw bytes of
-the tensors that say `binary_data_size` follow in their order, little-endian, row after row.
+A body is a JSON object; with the header Inference-Header-Content-Length it ends after so many bytes, and the raw bytes
+of the tensors that say `binary_data_size` follow in their order, little-endian, row after row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # it imports torch
     from ..optimizer.model import InputSpec
 
 DATATYPES = {
-    **{"BOOL": "bool", "FP16": "float16", "FP32": "float32", "FP64": "float64"},
+    "BOOL": "bool",
+    "FP16": "float16",
+    "FP32": "float32",
+    "FP64": "float64",
     **{f"{sign.upper()}{bits}": f"{sign}{bits}" for sign in ("int", "uint") for bits in (8, 16, 32, 64)},
 }
 """Names of the protocol -> numpy's."""
@@ -32,7 +35,7 @@ Json: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Query:
-    """A request that was understood. outputs: name -> whether its bytes are wanted raw; empty: all, as `binary` says."""
+    """A request that was understood. outputs: name -> whether raw bytes are wanted; empty: all, as `binary` says."""
 
     identity: str
     feeds: Feeds

@@ -18,11 +18,11 @@ from ..optimizer.artifact import hide_nothing
 from ..optimizer.model import Model
 from . import tensorrt_build, tensorrt_engine, tensorrt_library, tensorrt_plugin, tensorrt_profile
 from .difference import difference
-from .onnx_runner import load
 from .runner import Open, Runner, RunnerOptions
 from .tensorrt_engine import PORTABLE, Metadata
 from .tensorrt_integer import symmetric
 from .tensorrt_profile import Sizes
+from .tensorrt_rounding import plain_outputs
 from .verify import SLACK, TOLERANCE, Graph, Spec, tolerance
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,8 +59,7 @@ def moved(model: Model, graph: Path, inputs: tuple[torch.Tensor, ...]) -> float:
     feeds = {spec.name: x.numpy(force=True) for spec, x in zip(model.inputs, inputs, strict=True)}
     with torch.no_grad():
         leaves = [x for x in pytree.tree_leaves(model.module()(*inputs)) if isinstance(x, torch.Tensor)]
-    have = load(graph, RunnerOptions()).run(feeds)
-    pairs = zip(leaves, have.values(), strict=True)
+    pairs = zip(leaves, plain_outputs(graph, feeds), strict=True)
     return max((difference(want.numpy(), value)[1] for want, value in pairs if want.is_floating_point()), default=0.0)
 
 

@@ -1,7 +1,7 @@
 """Static 8-bit layers as floats of 8 bits (e4m3: sign, 4 bits of exponent, 3 of mantissa) instead of integers.
 
-A grid that reached 127 steps reaches 448, the largest such float: each value keeps its range, and small values keep three
-bits of mantissa where the steps of an integer would be coarse. GPUs have them from compute capability 8.9 on.
+A grid that reached 127 steps reaches 448, the largest such float: each value keeps its range, and small values keep
+three bits of mantissa where the steps of an integer would be coarse. GPUs have them from compute capability 8.9 on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FP8 = ir.DataType.FLOAT8E4M3FN
 
 
 def convert(graph: ir.Graph) -> int:
-    """Rewrite in place every pair of int8 grids, and the int8 weights between them; return how many weights there are."""
+    """Rewrite in place all pairs of int8 grids, and the int8 weights between them; return how many weights there are."""
     pairs = [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear") and _is_int8(node)]
     for node in [node for node in pairs if node.op_type == "QuantizeLinear"]:
         _float_pads(node)

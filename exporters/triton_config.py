@@ -19,8 +19,12 @@ Dim: TypeAlias = int | str
 Field: TypeAlias = "tuple[str, str | int | bool | Word | Sequence[int] | Sequence[Field]]"
 
 TYPES = {
-    **{onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.FLOAT16: "FP16", onnx.TensorProto.BFLOAT16: "BF16"},
-    **{onnx.TensorProto.DOUBLE: "FP64", onnx.TensorProto.BOOL: "BOOL", onnx.TensorProto.STRING: "STRING"},
+    onnx.TensorProto.FLOAT: "FP32",
+    onnx.TensorProto.FLOAT16: "FP16",
+    onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.DOUBLE: "FP64",
+    onnx.TensorProto.BOOL: "BOOL",
+    onnx.TensorProto.STRING: "STRING",
     **{getattr(onnx.TensorProto, f"INT{bits}"): f"INT{bits}" for bits in (8, 16, 32, 64)},
     **{getattr(onnx.TensorProto, f"UINT{bits}"): f"UINT{bits}" for bits in (8, 16, 32, 64)},
 }
@@ -69,7 +73,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def text(name: str, tensors: Tensors, options: Options, notes: Sequence[str], library: str) -> str:
-    """Return the configuration. notes: written first, as comments. library: path of our kernels in the server, or ""."""
+    """Return the configuration. notes: written first, as comments. library: of kernels, its path in the server, or ""."""
     told = [*notes, *([f"max_batch_size is 0, each request runs alone: {tensors.reason}."] if tensors.reason else [])]
     plan = options.platform == "tensorrt"
     batch = options.max_batch if tensors.batch else 0
@@ -84,7 +88,9 @@ def text(name: str, tensors: Tensors, options: Options, notes: Sequence[str], li
     ]
     if batch:
         delay = round(options.max_delay_ms * 1000)
-        fields.append(("dynamic_batching", [("preferred_batch_size", [batch]), ("max_queue_delay_microseconds", delay)]))
+        fields.append(
+            ("dynamic_batching", [("preferred_batch_size", [batch]), ("max_queue_delay_microseconds", delay)])
+        )
     if library:
         fields.append(("model_operations", [("op_library_filename", library)]))
     fields += [("model_warmup", _warmup(tensors, size)) for size in sorted({1, max(batch, 1)})]

@@ -24,7 +24,7 @@ NARROW = 8
 
 
 class Clock(Protocol):
-    """What measures on the device. whole: the first candidate is the model as planned, the last one that with fallbacks."""
+    """What measures on the device. whole: the first candidate is the model as planned, the last has the fallbacks."""
 
     def layers(self, model: Model, names: Sequence[str]) -> Sequence[Measured]: ...
 

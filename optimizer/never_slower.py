@@ -20,7 +20,7 @@ LAUNCH_SHARE = 2.0
 MEMORY_SHARE = 0.5
 """A layer that reads its weights at less than this part of the machine's speed waits for arithmetic, not for them."""
 FILL = 1.25
-"""Stored codes are counted as misaligned where filled-up rows and inputs make them so many times what they stand for."""
+"""Stored codes count as misaligned where filled-up rows and inputs make them so many times what they stand for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

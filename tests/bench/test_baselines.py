@@ -19,7 +19,9 @@ from paredown.optimizer.metric import evaluate
 
 from .conftest import World
 
-QUICK = edge.Spec(min_seconds=0.5, min_count=20, warmup_seconds=0.2, peak_rss=False)
+QUICK = edge.Spec(
+    min_seconds=0.5, min_count=20, warmup_seconds=0.2, peak_rss=False, processes=3, fresh="session", meter="none"
+)
 SLOW, OURS, FAST = (lambda _: 0.004), (lambda _: 0.002), (lambda _: 0.001)
 
 
@@ -123,8 +125,12 @@ def test_only_a_baseline_that_is_no_less_accurate_is_told(behind: float, ends: A
             "batch": 1,
             "threads": 1,
             "details": {
-                "peer": "int8", "size_bytes": 200, "behind_ours": behind, "behind_ours_ci95": ends,
-                "ratio_to_ours": 0.8, "ratio_to_ours_ci95": [0.79, 0.81],
+                "peer": "int8",
+                "size_bytes": 200,
+                "behind_ours": behind,
+                "behind_ours_ci95": ends,
+                "ratio_to_ours": 0.8,
+                "ratio_to_ours_ci95": [0.79, 0.81],
             },
         },
     ]
@@ -170,7 +176,7 @@ def test_int8_without_data_says_that_its_inputs_were_random(made: World, tmp_pat
 
 
 def test_names_are_checked() -> None:
-    with pytest.raises(RecipeError, match='recipe.yaml:3: there is no baseline "int4"; did you mean "int8"'):
+    with pytest.raises(RecipeError, match=r'recipe\.yaml:3: there is no baseline "int4"; did you mean "int8"'):
         baselines.check(("int4",), "recipe.yaml:3")
     with pytest.raises(RecipeError, match='the baseline "int8" is named twice; name it once'):
         baselines.check(("int8", "int8"), "--baseline")

@@ -104,7 +104,13 @@ def test_numbers_in_json_are_answered(client: Client) -> None:
     status, found = client.infer({"id": "7", "inputs": [tensor(x, data=x.tolist())]})
     assert status == 200
     (y,) = found["outputs"]
-    assert (found["id"], found["model_name"], y["name"], y["datatype"], y["shape"]) == ("7", "my_net", "y", "FP32", [2, 3])
+    assert (found["id"], found["model_name"], y["name"], y["datatype"], y["shape"]) == (
+        "7",
+        "my_net",
+        "y",
+        "FP32",
+        [2, 3],
+    )
     np.testing.assert_allclose(np.array(y["data"]).reshape(2, 3), x @ WEIGHT, rtol=1e-5)
 
 
@@ -228,11 +234,12 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path, folder: Path) -> 
 @pytest.mark.slow
 def test_the_command_serves_and_ends(folder: Path) -> None:
     command = [sys.executable, "-P", "-m", "paredown.optimizer.cli", "serve", str(folder), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("my_net at http://127.0.0.1:")
-    port = int(line.split(":")[2].partition("/")[0])
-    assert Client(port).infer({"inputs": [tensor(X1, data=[0] * 4)]})[0] == 200
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("my_net at http://127.0.0.1:")
+        port = int(line.split(":")[2].partition("/")[0])
+        assert Client(port).infer({"inputs": [tensor(X1, data=[0] * 4)]})[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0

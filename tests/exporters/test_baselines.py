@@ -1,4 +1,4 @@
-"""What others make of an original: files that run, are as exact as their formats allow, and reasons where there is none."""
+"""What others make of an original: files that run, as exact as their formats allow, and reasons where there is none."""
 
 from __future__ import annotations
 

@@ -16,9 +16,7 @@ from paredown.optimizer.weight import Dense
 
 
 @pytest.mark.parametrize("name", ["convolutions", "attention", "products"])
-def test_parts_compute_what_they_do_in_the_network(
-    name: str, exported: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_parts_compute_what_they_do_in_the_network(name: str, exported: Callable[[str], Any], tmp_path: Path) -> None:
     model = exported(name).model
     packed = [key for key, weight in model.weights.items() if not isinstance(weight, Dense)]
     cuts = onnx_part.cuts(model, packed, tmp_path)

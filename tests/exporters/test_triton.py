@@ -24,11 +24,11 @@ from .triton_schema import parse
 
 
 @pytest.fixture
-def folder(perceptron: Model, tmp_path: Path) -> Path:
-    """An output folder that holds a stored model of packed linear layers."""
+def folder(perceptron: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder whose stored model has packed linear layers."""
     result = tmp_path / "small net"
     result.mkdir()
-    store.save(perceptron, result)
+    monkeypatch.setattr(store, "load", lambda _: perceptron)
     return result
 
 
@@ -94,7 +94,7 @@ def test_nothing_of_others_is_replaced(folder: Path) -> None:
     (made / "another" / "config.pbtxt").write_text("")
     with pytest.raises(RecipeError, match='"model_repository" is no model repository, and is not replaced'):
         targets.export(folder, "triton", None, force=True)
-    with pytest.raises(RecipeError, match='the folder ".*absent" does not exist'):
+    with pytest.raises(RecipeError, match=r'the folder ".*absent" does not exist'):
         targets.export(folder, "triton", folder / "absent" / "x", force=False)
     assert not [path for path in folder.iterdir() if path.name.startswith(".paredown")]
 
@@ -130,14 +130,16 @@ class Odd(nn.Module):
 
 def test_requests_run_alone_where_an_output_has_no_batch(tmp_path: Path) -> None:
     inputs = (InputSpec(name="x", shape=("batch", "length")), InputSpec(name="weight", shape=("batch",)))
-    model = from_module(Odd(), inputs, Source())
+    model = from_module(Odd(), inputs, Source(entry="net.py:net"))
     path = tmp_path / "odd"
     triton.export(model, path)
     found = parse((path / "config.pbtxt").read_text())
     assert found.max_batch_size == 0
     assert not found.HasField("dynamic_batching")
     assert [list(item.dims) for item in found.input] == [[-1, -1], [-1]]
-    assert "# max_batch_size is 0, each request runs alone: the first dimension of" in (path / "config.pbtxt").read_text()
+    assert (
+        "# max_batch_size is 0, each request runs alone: the first dimension of" in (path / "config.pbtxt").read_text()
+    )
 
 
 def test_a_scalar_of_each_request_is_reshaped() -> None:

@@ -11,8 +11,12 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 
 Field = descriptor_pb2.FieldDescriptorProto
 TYPES = {
-    **{"int32": Field.TYPE_INT32, "int64": Field.TYPE_INT64, "uint32": Field.TYPE_UINT32, "uint64": Field.TYPE_UINT64},
-    **{"string": Field.TYPE_STRING, "bool": Field.TYPE_BOOL},
+    "int32": Field.TYPE_INT32,
+    "int64": Field.TYPE_INT64,
+    "uint32": Field.TYPE_UINT32,
+    "uint64": Field.TYPE_UINT64,
+    "string": Field.TYPE_STRING,
+    "bool": Field.TYPE_BOOL,
 }
 ENUMS = {
     "DataType": (

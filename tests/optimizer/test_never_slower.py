@@ -54,9 +54,7 @@ def test_an_outcome_follows_from_intervals(ratios: list[float], objective: Objec
     assert never_slower.outcome([timing(ratio) for ratio in ratios], objective) == wanted
 
 
-@given(
-    st.lists(st.tuples(st.floats(0.1, 3), st.floats(-0.1, 0.5)), max_size=4), st.sampled_from(("latency", "size"))
-)
+@given(st.lists(st.tuples(st.floats(0.1, 3), st.floats(-0.1, 0.5)), max_size=4), st.sampled_from(("latency", "size")))
 def test_nothing_falls_back_within_an_interval(found: list[tuple[float, float]], objective: Objective) -> None:
     """What may be equal or faster under some condition, and is surely slower under none, stays for `size`."""
     timings = [timing(ratio, half) for ratio, half in found]
@@ -103,11 +101,16 @@ def test_the_reason_names_every_cause_with_its_numbers() -> None:
 
 
 def test_what_is_kept_says_what_was_measured() -> None:
-    assert never_slower.kept_note(Measured(layers=("a",), alone="it is fused"), "size") == "not measured alone: it is fused"
+    assert (
+        never_slower.kept_note(Measured(layers=("a",), alone="it is fused"), "size")
+        == "not measured alone: it is fused"
+    )
     assert never_slower.kept_note(measured(0.5, "a"), "size") == (
         "measured alone, 0.50 times as long (0.49 to 0.51) at batch 1, 1 thread"
     )
-    assert never_slower.kept_note(measured(1.02, "a", half=-1), "size").startswith("undecided, kept: measured alone, 1.02")
+    assert never_slower.kept_note(measured(1.02, "a", half=-1), "size").startswith(
+        "undecided, kept: measured alone, 1.02"
+    )
 
 
 @dataclass
@@ -135,7 +138,7 @@ def compressed_of(model: Model) -> set[str]:
 
 def network() -> Model:
     module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    return from_module(module, (InputSpec(name="x", shape=("batch", 4)),), Source())
+    return from_module(module, (InputSpec(name="x", shape=("batch", 4)),), Source(entry="net.py:net"))
 
 
 def planned_for(*layers: str) -> list[Planned]:
@@ -200,7 +203,7 @@ def test_layers_on_integer_grids_are_not_measured_alone() -> None:
 
 
 def test_strict_refuses_what_would_fall_back() -> None:
-    with pytest.raises(InfeasibleError, match='r.yaml:9: layer "2" would stay dense: too slow'):
+    with pytest.raises(InfeasibleError, match=r'r\.yaml:9: layer "2" would stay dense: too slow'):
         fallback.check_strict(Settled(layers={"2.weight": "too slow"}, notes={}), "r.yaml:9")
     with pytest.raises(InfeasibleError, match="the whole network would fall back to the original; slower"):
         fallback.check_strict(Settled(layers={}, notes={}, whole="slower"), "r.yaml:9")

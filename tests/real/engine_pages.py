@@ -53,8 +53,8 @@ def _equal_cell(row: Row) -> str:
 EQUAL = """## What the graphs compute
 
 Real checkpoints in onnxruntime, `python tests/real/tensorrt_table.py equal`: largest difference of an output, over its
-largest value, between the float32 graph with stored forms and the portable file on two real samples, then what rounding to
-float16 does to the graph on three seeded ones; in brackets, where that is more than an engine may be off by, what
+largest value, between the float32 graph with stored forms and the portable file on two real samples, then what rounding
+to float16 does to the graph on three seeded ones; in brackets, where that is more than an engine may be off by, what
 stays float32 for it and what is left.
 """
 

@@ -50,8 +50,8 @@ def bars() -> str:
     """The bars of speed: the first six ratios and every other that is not met, and what limits leave of each."""
     document = json.loads((RESULTS / "kernels.json").read_text())
     lines = [
-        "Ratios of best times, and weight bytes per second over what the machine reads, with the bar that was set for each; "
-        "ratios to fp32 are shown where they miss theirs. Limit: what the instructions of our kernel, timed in the "
+        "Ratios of best times, and weight bytes per second over what the machine reads, with the bar that was set for "
+        "each; ratios to fp32 are shown where they miss theirs. Limit: what the instructions of our kernel, timed in the "
         "first cache, and the reading of the weights leave at best on this processor; without instructions: reading "
         "and products of bytes alone, which no kernel passes.\n",
         "| | threads | measured | bar | met | limit | without instructions |",
@@ -68,7 +68,9 @@ def bars() -> str:
             f"| {row['what']} | {row['threads']} | **{row['value']:.2f}** | {row['bar']} "
             f"| {'yes' if row['met'] else 'no'} | {limits} |"
         )
-    return "\n".join([*lines, f"\n{missed} ratios to fp32, of 4 bits in both modes at m = 1 to 512, meet theirs."]) + "\n"
+    return (
+        "\n".join([*lines, f"\n{missed} ratios to fp32, of 4 bits in both modes at m = 1 to 512, meet theirs."]) + "\n"
+    )
 
 
 def convolutions() -> str:
@@ -76,8 +78,8 @@ def convolutions() -> str:
     rows = [row for row in document["convolutions"] if row["threads"] == 1]
     forms = list(dict.fromkeys(row["form"] for row in rows))
     lines = [
-        "One convolution in onnxruntime, one image, one thread: best time in microseconds. Ours takes packed codes and rounds "
-        "its inputs at run time; QLinearConv has fixed scales.\n",
+        "One convolution in onnxruntime, one image, one thread: best time in microseconds. Ours takes packed codes and "
+        "rounds its inputs at run time; QLinearConv has fixed scales.\n",
         f"| | {' | '.join(forms)} |",
         "|---|" + "---|" * len(forms),
     ]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import data
-from figures import HERE, RESULTS, optimize_run
+from figures import RESULTS, optimize_run
 
 INT8 = "steps=[quantize: {quantizer: uniform, bits: 8, activations: int8}]"
 SCENARIOS = "singlestream,multistream,server,offline"

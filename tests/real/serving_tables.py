@@ -18,8 +18,8 @@ def _read(name: str) -> Any:
 def server() -> str:
     document = _read("server")
     lines = [
-        f"ResNet-56 under MLPerf LoadGen on one thread of {document['environment']['cpu']['model']}, batches of up to 8 "
-        "that wait up to 1 ms; Server: 99 % of the answers within 15 ms. `python tests/real/serving.py server`.\n",
+        f"ResNet-56 under MLPerf LoadGen on one thread of {document['environment']['cpu']['model']}, batches of up "
+        "to 8 that wait up to 1 ms; Server: 99 % of the answers within 15 ms. `python tests/real/serving.py server`.\n",
         "| scenario | file | samples/s | of the original's (95 %) | p50 ms | p90 ms | p99 ms | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -63,8 +63,8 @@ def stages() -> str:
     rows = _read("stages")["rows"]
     names = list(rows[0]["stages"])
     lines = [
-        "MobileNetV1-0.25 from JPEG bytes to five classes, one client, one thread: median milliseconds by stage, and their "
-        "sum over the time from end to end. `python tests/real/serving.py stages`.\n",
+        "MobileNetV1-0.25 from JPEG bytes to five classes, one client, one thread: median milliseconds by stage, and "
+        "their sum over the time from end to end. `python tests/real/serving.py stages`.\n",
         "| file | " + " | ".join(names) + " | end to end | sum | most |",
         "|---|" + "---|" * (len(names) + 3),
     ]
@@ -85,15 +85,15 @@ def intervals() -> str:
     return (
         f"One pair (ResNet-56, original and int8) benchmarked {document['times']} times: the first run gave "
         f"{pair['ratios'][0]:.4f} ({low:.4f} to {high:.4f}, half-width {100 * pair['half_width_first']:.1f} %), and "
-        f"{pair['inside_first']} of {document['times']} ratios, {min(pair['ratios']):.4f} to {max(pair['ratios']):.4f}, "
-        "lie in it. `python tests/real/serving.py intervals`.\n"
+        f"{pair['inside_first']} of {document['times']} ratios, {min(pair['ratios']):.4f} to {max(pair['ratios']):.4f},"
+        " lie in it. `python tests/real/serving.py intervals`.\n"
     )
 
 
 def never_slower() -> str:
     lines = [
-        "What falls back on this machine at batch 1 and 32, and what stays: `python tests/real/never_slower.py`. Latency: "
-        "of the result over the original's. Each plan was run again, and gave the same bytes.\n",
+        "What falls back on this machine at batch 1 and 32, and what stays: `python tests/real/never_slower.py`. "
+        "Latency: of the result over the original's. Each plan was run again, and gave the same bytes.\n",
         "| network | steps | objective | layers compressed | latency at batch 1, 32 | of the reasons |",
         "|---|---|---|---|---|---|",
     ]

@@ -205,7 +205,22 @@ def _file_ratio(row: dict[str, Any]) -> float:
 
 
 LOAD = (server, stages, intervals, never_slower)
-TABLES = (kernels, bars, convolutions, llama, modes, engines, pruning, speed, int8, kinds, *LOAD, accuracy, others, scaling)
+TABLES = (
+    kernels,
+    bars,
+    convolutions,
+    llama,
+    modes,
+    engines,
+    pruning,
+    speed,
+    int8,
+    kinds,
+    *LOAD,
+    accuracy,
+    others,
+    scaling,
+)
 
 if __name__ == "__main__":
     main()
