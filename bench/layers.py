@@ -7,7 +7,7 @@ in the caches from run to run, as they may not in a large network: what follows 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,7 @@ def measure(
         timings, operators = _timed(equal[0], values, folder, spec)
         layers = tuple(name for cut in equal for name in cut.part.layers)
         facts = _facts(model, equal[0].part.layers, modes, (spec.threads[0], node_us))
-        found.append(Measured(layers=layers, timings=timings, operators=operators, **facts))
+        found.append(replace(facts, layers=layers, timings=timings, operators=operators))
     told = {name for item in found for name in item.layers}
     return [*found, *(Measured(layers=(name,), alone=ALONE) for name in names if name not in told)]
 
@@ -186,7 +186,7 @@ def _call(runner: Runner, feeds: Feeds) -> Call:
 
 def _facts(
     model: Model, layers: Sequence[str], modes: Mapping[str, Computed], node: tuple[int, Mapping[int, float]]
-) -> dict[str, object]:
+) -> Measured:
     """Return what explains a layer's time: how it computes, what fills it up, and what this machine can do."""
     weights = [model.weights[name] for name in layers]
     size = sum(weight.shape[0] * weight.shape[1] * weight.dense().element_size() for weight in weights)
@@ -194,10 +194,11 @@ def _facts(
     speed = kernels.read_gb_per_s(size, threads) if native.available() else None
     decoded = [name for name in layers if "decoded" in modes[name].mode]
     because = [packed.decoded_because(model.weights[x], model.layouts[x], modes[x].decoded_for) for x in decoded]
-    return {
-        "decoded": "; ".join(dict.fromkeys(because)),
-        "shape": weights[0].shape,
-        "filled": packed.filled(weights[0], model.layouts[layers[0]], rounds=layers[0] in model.dynamic),
-        "weight_bytes": size,
-        "machine": Machine(node_us=node_us[threads], read_gb_per_s=speed),
-    }
+    return Measured(
+        layers=tuple(layers),
+        decoded="; ".join(dict.fromkeys(because)),
+        shape=weights[0].shape,
+        filled=packed.filled(weights[0], model.layouts[layers[0]], rounds=layers[0] in model.dynamic),
+        weight_bytes=size,
+        machine=Machine(node_us=node_us[threads], read_gb_per_s=speed),
+    )

@@ -77,7 +77,7 @@ ROW_KEYS = (
 def against(row: Row, beside: Row, rng: np.random.Generator) -> tuple[float, Interval | None]:
     """Return the ratio of two rows that alternated in the same rounds, and its interval: over processes, if several."""
     rounds = row.details.get("rounds_per_process")
-    cuts = np.cumsum(rounds)[:-1] if isinstance(rounds, list) else []
+    cuts = list(np.cumsum(rounds)[:-1]) if isinstance(rounds, list) else []
     pairs = list(zip(np.split(row.samples, cuts), np.split(beside.samples, cuts), strict=True))
     ratio = float(np.exp(intervals.log_ratios(pairs).mean()))
     if len(pairs) < intervals.MIN_PROCESSES:

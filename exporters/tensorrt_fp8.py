@@ -19,7 +19,7 @@ FP8 = ir.DataType.FLOAT8E4M3FN
 
 
 def convert(graph: ir.Graph) -> int:
-    """Rewrite in place all pairs of int8 grids, and the int8 weights between them; return how many weights there are."""
+    """Rewrite in place all pairs of int8 grids and the int8 weights between them; return how many weights."""
     pairs = [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear") and _is_int8(node)]
     for node in [node for node in pairs if node.op_type == "QuantizeLinear"]:
         _float_pads(node)

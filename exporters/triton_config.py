@@ -73,7 +73,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def text(name: str, tensors: Tensors, options: Options, notes: Sequence[str], library: str) -> str:
-    """Return the configuration. notes: written first, as comments. library: of kernels, its path in the server, or ""."""
+    """Return the configuration. notes: written first, as comments. library: path of our kernels there, or ""."""
     told = [*notes, *([f"max_batch_size is 0, each request runs alone: {tensors.reason}."] if tensors.reason else [])]
     plan = options.platform == "tensorrt"
     batch = options.max_batch if tensors.batch else 0

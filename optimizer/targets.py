@@ -38,8 +38,8 @@ def export(
     module = exporter(target, "--target")
     options = module.Options(**(settings or {}))
     if target == "triton":
-        made: Path = module.repository(folder, out, options, force=force)
-        return made
+        repository: Path = module.repository(folder, out, options, force=force)
+        return repository
     path = out or folder / f"model{module.suffix}"
     if path.is_dir():
         raise RecipeError(f'"{path}" is a folder', where="--out", fix="name a file to write")
