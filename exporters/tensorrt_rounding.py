@@ -37,8 +37,8 @@ FLOAT = onnx.TensorProto.FLOAT
 class Measured:
     """What rounding does: the largest difference of an output, over its largest value.
 
-    error: with the layers of `keep` in float32. before: without any kept. keep: layer, by the module of its operators ->
-    the error that it causes alone.
+    error: with the layers of `keep` in float32. before: without any kept. keep: layer, by the module of its
+    operators -> the error that it causes alone.
     """
 
     error: float

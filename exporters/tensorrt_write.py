@@ -50,7 +50,8 @@ def write(model: Model, path: Path, order: Order) -> None:
         plugin=options.plugin,
     )
     how, measured = tensorrt_rounding.settle(model, how)
-    lowered, built = smallest(model, how, lambda found, name: _built(model, order, found, order.folder / name))
+    name = tensorrt_engine.onnx_path(path).name
+    lowered, built = smallest(model, how, lambda found, place: _built(model, order, found, order.folder / place / name))
     lowered = dataclasses.replace(lowered, decisions=(*lowered.decisions, *measured))
     graph = tensorrt_engine.onnx_path(made)
     save(lowered.proto, graph)
@@ -85,10 +86,10 @@ def smallest(model: Model, how: GraphOptions, build: Callable[[Lowered, str], Bu
     return dataclasses.replace(lowered, decisions=tuple(told)), built
 
 
-def _built(model: Model, order: Order, lowered: Lowered, folder: Path) -> Built:
-    """Build an engine in a new folder."""
+def _built(model: Model, order: Order, lowered: Lowered, graph: Path) -> Built:
+    """Build an engine of a graph that is written to `graph`, in a new folder."""
+    options, folder = order.options, graph.parent
     folder.mkdir()
-    options, graph = order.options, folder / "graph.onnx"
     save(lowered.proto, graph)
     job = tensorrt_build.Job(
         library=order.library,

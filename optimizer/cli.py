@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from . import cli_options as shared
 from .errors import Error, RecipeError, nearest
 
 if TYPE_CHECKING:
@@ -64,52 +65,6 @@ def _out(function: Any) -> Any:
         click.option("--dry-run", is_flag=True, help="Print the plan and what it will cost; write nothing."),
         click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def _graph(function: Any) -> Any:
-    options = (
-        click.option(
-            "--profile",
-            multiple=True,
-            metavar="NAME=LEAST:USUAL:LARGEST",
-            help="tensorrt: sizes of a named dimension.  [default: 1:8:32 of the first one]",
-        ),
-        click.option(
-            "--precision", type=click.Choice(("fp16", "bf16", "fp32")), help="tensorrt: of what is float.  [fp16]"
-        ),
-        click.option("--keep", multiple=True, metavar="LAYER", help="tensorrt: a layer that stays in float32."),
-        click.option("--fp8", is_flag=True, help="tensorrt: int8 layers as floats of 8 bits (from SM 8.9 on)."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def _engine(function: Any) -> Any:
-    options = (
-        click.option("--library", help="tensorrt: tensorrt, or rtx for TensorRT-RTX.  [default: what is installed]"),
-        click.option("--plugin", is_flag=True, help="tensorrt: linear layers by our CUDA kernels; never run on a GPU."),
-        click.option("--sm", metavar="86,89", help="tensorrt: GPUs of an engine of TensorRT-RTX.  [default: any]"),
-        click.option("--timing-cache", type=_PATH, help="tensorrt: file of measured kernels to read and write back."),
-        click.option("--memory-limit", type=click.IntRange(1, 2**40), metavar="MIB", help="tensorrt: of the builder."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def _served(function: Any) -> Any:
-    options = (
-        click.option("--platform", type=click.Choice(("onnxruntime", "tensorrt")), help="triton: what runs it."),
-        click.option("--max-batch", type=click.IntRange(min=1), help="triton: rows of one execution.  [32]"),
-        click.option("--max-delay-ms", type=click.FloatRange(min=0), help="triton: wait for a fuller batch.  [1]"),
-        click.option("--instances", type=click.IntRange(min=1), help="triton: executions at the same time.  [1]"),
-        click.option("--mount", help="triton: where the server sees the repository.  [/models]"),
-        click.option("--portable", is_flag=True, help="triton: leave our library out."),
     )
     for option in reversed(options):
         function = option(function)
@@ -176,9 +131,9 @@ def plan(recipe: Path, explain: bool, settings: tuple[str, ...]) -> None:
 @click.option("--target", default="onnx", show_default=True, help="What to lower to: onnx, tensorrt or triton.")
 @click.option("--out", type=_PATH, help="File to write.  [default: in the folder]")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-@_graph
-@_engine
-@_served
+@shared.graph
+@shared.engine
+@shared.served
 def export(folder: Path, target: str, out: Path | None, force: bool, **options: Any) -> None:
     """Lower the model of an output folder."""
     from . import targets
@@ -194,7 +149,7 @@ def export(folder: Path, target: str, out: Path | None, force: bool, **options: 
 @click.option("--target", required=True, help="The board: jetson-orin, jetson-thor or server.")
 @click.option("--out", type=_PATH, help="Folder to make.  [default: the folder's name and the board's]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@_graph
+@shared.graph
 def bundle(folder: Path, target: str, out: Path | None, force: bool, **options: Any) -> None:
     """Make a folder that a board builds its TensorRT engine from."""
     from ..exporters import bundle as bundles
@@ -235,24 +190,6 @@ def serve(folder: Path, no_kernels: bool, dims: tuple[str, ...], **options: Any)
     server.run(folder, server.Spec(kernels=not no_kernels, dims=command.sizes(dims), **options), click.echo)
 
 
-def _load(function: Any) -> Any:
-    at_least_1 = click.IntRange(min=1)
-    options = (
-        click.option("--min-queries", type=at_least_1, help="LoadGen: least queries of each.  [default: 1500]"),
-        click.option("--max-batch", type=at_least_1, help="LoadGen: samples in a batch.  [default: 8]"),
-        click.option("--max-delay-ms", type=float, help="LoadGen: how long a sample waits for others.  [default: 1]"),
-        click.option("--workers", type=at_least_1, help="LoadGen: threads that call the runtime.  [default: 1]"),
-        click.option("--samples-per-query", type=at_least_1, help="multistream.  [default: 8]"),
-        click.option("--p99-ms", type=float, help="server: the bound on the latency.  [default: 15]"),
-        click.option("--rate-per-s", type=float, help="server: run at this rate, search none."),
-        click.option("--concurrency", metavar="1,2,4", help="server: clients of a sweep that waits for answers."),
-        click.option("--pipeline", metavar="path.py:function", help="stages: what happens before and after the model."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 @cli.command()
 @click.argument("artifacts", nargs=-1, required=True, type=_PATH)
 @click.option(
@@ -270,7 +207,7 @@ def _load(function: Any) -> Any:
 @click.option("--frame-ms", type=float, help="Duration of a frame, for real-time factors.")
 @click.option("--state", multiple=True, metavar="OUTPUT=INPUT", help="Feed an output back in the next frame.")
 @click.option("--input", "inputs", multiple=True, metavar="NAME=VALUE", help="Fill an input with a value.")
-@_load
+@shared.load
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--no-kernels", is_flag=True, help="Run the portable bodies of packed layers.")
 @click.option("--device", default="", metavar="ssh://USER@HOST", help="A board that measures, reached by ssh.")

@@ -23,7 +23,6 @@ from torch import nn
 from . import artifact, entry, fallback, history, planning, report, store, summary, workspace
 from . import recipe as recipes
 from .errors import (
-    AccuracyError,
     Error,
     ExportError,
     InfeasibleError,
@@ -33,7 +32,7 @@ from .errors import (
     nearest,
 )
 from .fallback import Settled
-from .metric import Metric, drop, evaluate
+from .metric import Metric, evaluate
 from .model import Model
 from .planning import Job, Planned
 from .progress import Reporter
@@ -278,14 +277,15 @@ class _Run:
             after = self._metric("measure the result", model.module(), mark)
         graph = trace(model.module(), job.calibration.batches[:1]).graph
         final = summary.sizes(model, graph, after, self.recipe.seed)
-        parts["final"] = final | {"bits_per_weight": summary.bits_per_weight(model)} | self._drop(before, after)
+        lost = summary.dropped(before, after, self.recipe.seed)
+        parts["final"] = final | {"bits_per_weight": summary.bits_per_weight(model)} | lost
         if paths and self.recipe.bench is not None and failure is None:
             from ..bench.baselines_run import Result
 
             original = paths[0].with_stem("baseline")
             peers = self._baselines(job, Result(original=original, ours=paths[0], before=before, after=after), parts)
             failure = self._bench(paths[0], parts, peers)
-        return failure or self._gate(before, after)
+        return failure or summary.gate(self.recipe, before, after)
 
     def _export(self, label: str, model: Model, target: str, name: str) -> Path:
         """Write `<name>.<suffix of the target>` into the folder and return it."""
@@ -309,33 +309,13 @@ class _Run:
             return error
         return None
 
-    def _drop(self, before: Metric | None, after: Metric | None) -> dict[str, Any]:
-        if before is None or after is None:
-            return {"drop": None, "drop_ci95": None, "drop_unit": None}
-        lost = drop(before, after, self.recipe.seed)
-        return {"drop": lost.value, "drop_ci95": lost.ci95, "drop_unit": lost.unit}
-
-    def _gate(self, before: Metric | None, after: Metric | None) -> Error | None:
-        limit = self.recipe.gates.max_drop
-        if limit is None or before is None or after is None:
-            return None
-        lost = drop(before, after, self.recipe.seed)
-        if lost.value <= limit:
-            return None
-        return AccuracyError(
-            f"{before.name} fell by {lost.value:.2f} {lost.unit}".rstrip() + f", gates.max_drop allows {limit:g}",
-            where=self.recipe.at("gates"),
-            fix="use more bits, or keep the worst layers of the report dense with skip",
-        )
-
     def _greet_board(self) -> None:
         """Raise now, and not after the steps, where the board that is to measure cannot."""
         from ..bench import command, remote
 
-        assert self.recipe.bench is not None
         bench = self.recipe.bench
-        board = command.check_device(bench.device, bench.scenario, self.recipe.at("bench"))
-        if board is not None:
+        assert bench is not None
+        if board := command.check_device(bench.device, bench.scenario, self.recipe.at("bench")):
             self.reporter.stage("reach the board")
             remote.check(board, ("onnxruntime",))
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from . import activations, cost, packed
+from .errors import AccuracyError
 from .graph import Graph
-from .metric import Metric
+from .metric import Metric, drop
 from .model import Model
 from .packed import Computed
-from .recipe import Step, step_module
+from .recipe import Recipe, Step, step_module
 from .steps import Decision, LayerResult
 from .weight import Codebook, Dense, LowRank, Sum, Uniform, Weight, format_name
 
@@ -161,6 +162,29 @@ def why_slower(parts: Mapping[str, Any]) -> str:
     if any(row["step"] == "prune" for row in parts["steps"]):
         return "narrow convolutions are padded to 16 channels by many processors: prune with round_to: 16"
     return "the runtime has no faster form of these operators at this size"
+
+
+def dropped(before: Metric | None, after: Metric | None, seed: int) -> dict[str, Any]:
+    """Return what the metric lost, with its interval and unit; None of each where it was not measured twice."""
+    if before is None or after is None:
+        return {"drop": None, "drop_ci95": None, "drop_unit": None}
+    lost = drop(before, after, seed)
+    return {"drop": lost.value, "drop_ci95": lost.ci95, "drop_unit": lost.unit}
+
+
+def gate(recipe: Recipe, before: Metric | None, after: Metric | None) -> AccuracyError | None:
+    """Return the error where the metric lost more than `gates.max_drop`."""
+    limit = recipe.gates.max_drop
+    if limit is None or before is None or after is None:
+        return None
+    lost = drop(before, after, recipe.seed)
+    if lost.value <= limit:
+        return None
+    return AccuracyError(
+        f"{before.name} fell by {lost.value:.2f} {lost.unit}".rstrip() + f", gates.max_drop allows {limit:g}",
+        where=recipe.at("gates"),
+        fix="use more bits, or keep the worst layers of the report dense with skip",
+    )
 
 
 def reset_peak_rss() -> None:

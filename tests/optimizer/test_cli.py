@@ -21,7 +21,7 @@ from paredown.optimizer import cli, store
 
 from .tiny import optimize, project
 
-VERBS = ("bench", "bundle", "demo", "diff", "doctor", "export", "plan", "run", "show", "verify")
+VERBS = ("bench", "bundle", "demo", "diff", "doctor", "export", "plan", "run", "serve", "show", "verify")
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "yaml", "rich", "safetensors", "transformers")
 LIGHT = f"""
 import sys
