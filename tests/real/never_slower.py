@@ -1,6 +1,6 @@
 """The figures of falling back in the README: what pays on this machine and what does not. Writes into bench/results/.
 
-    .venv/bin/python tests/real/never_slower.py      on an idle machine
+    .venv/bin/python tests/real/never_slower.py [NUMBER ...]     on an idle machine; the cases of these numbers alone
 
 Every row is one `optimize run` of a recipe in tests/real/recipes with a benchmark and another objective, and one of the
 plan that it wrote, whose files must be the same byte for byte.
@@ -9,9 +9,10 @@ plan that it wrote, whose files must be the same byte for byte.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,26 @@ CASES = (
     ("resnet20", "latency", DYNAMIC),
     ("resnet20", "latency", INT8),
     ("stories", "latency", DYNAMIC),
-    ("dtln", "latency", FOUR),
 )
 SAME = ("plan.yaml", "model.onnx", "model.safetensors", "model.json")
 
 
 def main() -> None:
-    found = list[dict[str, Any]]()
-    for row in rows():
-        found.append(row)
+    path, chosen = RESULTS / "never_slower.json", [int(word) for word in sys.argv[1:]] or range(len(CASES))
+    found = json.loads(path.read_text()) if path.is_file() else []
+    for case, row in zip(chosen, rows([CASES[index] for index in chosen]), strict=True):
+        found = sorted([known for known in found if known["case"] != case] + [{"case": case, **row}], key=_case)
         print(json.dumps(row), flush=True)
-        (RESULTS / "never_slower.json").write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def rows() -> Iterator[dict[str, Any]]:
+def _case(row: dict[str, Any]) -> int:
+    return int(row["case"])
+
+
+def rows(cases: Sequence[tuple[str, str, str]]) -> Iterator[dict[str, Any]]:
     """Yield what was decided in each case, with the benchmark of the result."""
-    for network, objective, steps in CASES:
+    for network, objective, steps in cases:
         with tempfile.TemporaryDirectory() as folder:
             out, again = Path(folder) / "out", Path(folder) / "again"
             settings = (steps, f"objective={objective}", "bench={batch: [1, 32]}")
