@@ -29,7 +29,8 @@ def server() -> str:
         ratio, ends = (load, details["throughput_ratio_ci95"]) if load else _inverse(row)
         shown = f"{ratio:.2f}x" + (f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends and ratio != 1 else "")
         verdict = "VALID" if details["valid"] else f"INVALID: {details['invalid_because']}"
-        times = " | ".join(f"{row[f'latency_ms_p{percent}']:.2f}" for percent in (50, 90, 99))
+        known = row["scenario"] != "offline"  # where all samples are sent at once, latencies say how long the run was
+        times = " | ".join(f"{row[f'latency_ms_p{percent}']:.2f}" if known else "" for percent in (50, 90, 99))
         lines.append(
             f"| {row['scenario']} | {NAMES[Path(row['artifact']).name]} | {row['throughput_per_s']:,.0f} "
             f"| {shown} | {times} | {verdict} |"
@@ -45,7 +46,7 @@ def _inverse(row: dict[str, Any]) -> tuple[float, list[float] | None]:
 
 def _soak() -> str:
     lines = [
-        "\nAt 80 % of that load for half an hour each, `python tests/real/serving.py soak`:\n",
+        "\nAt 80 % of that load for half an hour, `python tests/real/serving.py soak`:\n",
         "| file | requests/s | requests | errors | memory | p99 of the first, of the last third | holds |",
         "|---|---|---|---|---|---|---|",
     ]
