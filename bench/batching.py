@@ -149,16 +149,15 @@ class Batcher:
             return True
 
     def ask(self, feeds: Feeds) -> Answer:
-        """Queue one request and return its answer."""
-        answered, found = threading.Event(), list[Answer]()
+        """Queue one request, waiting for room, and return its answer."""
+        request, found = _awaited(feeds)
+        self.submit([request])
+        return found()
 
-        def done(answer: Answer) -> None:
-            found.append(answer)
-            answered.set()
-
-        self.submit([Request(feeds=feeds, done=done)])
-        answered.wait()
-        return found[0]
+    def ask_if_room(self, feeds: Feeds) -> Answer | None:
+        """Queue one request and return its answer; None where the queue is full."""
+        request, found = _awaited(feeds)
+        return found() if self.offer(request) else None
 
     def occupancy(self) -> tuple[float, float]:
         """Return the integral of the number of requests inside (request seconds), and the time of this reading."""
@@ -240,6 +239,21 @@ class Batcher:
             return [{} for _ in batch], error
 
 
+def _awaited(feeds: Feeds) -> tuple[Request, Callable[[], Answer]]:
+    """Return a request, and what waits for its answer."""
+    answered, found = threading.Event(), list[Answer]()
+
+    def done(answer: Answer) -> None:
+        found.append(answer)
+        answered.set()
+
+    def wait() -> Answer:
+        answered.wait()
+        return found[0]
+
+    return Request(feeds=feeds, done=done), wait
+
+
 def batch_axes(runner: Runner, dims: Mapping[str, int]) -> tuple[Axes, Axes]:
     """Return the batch axis of every input and output; found for outputs by running batches of 2 and of 3.
 
@@ -251,18 +265,19 @@ def batch_axes(runner: Runner, dims: Mapping[str, int]) -> tuple[Axes, Axes]:
         if spec.name not in inputs:
             what = f'input "{spec.name}" has no named batch dimension'
             raise InputError(what, where=runner.name, fix="use --max-batch 1, or export with one")
-    two, three = (_tried(runner, random_feeds(runner, size, dims, 0)) for size in (2, 3))
+    two, three = (tried(runner, random_feeds(runner, size, dims, 0)) for size in (2, 3))
     return inputs, {key: _grown_axis(runner.name, key, two[key].shape, three[key].shape) for key in two}
 
 
-def _tried(runner: Runner, feeds: Feeds) -> Feeds:
+def tried(runner: Runner, feeds: Feeds) -> Feeds:
+    """Return the outputs of a run; InputError with the shapes where the runtime does not run them."""
     try:
         return runner.run(feeds)
     except Error:
         raise
     except Exception as problem:
         shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in feeds.items())
-        raise InputError(f"it does not run with {shapes}: {problem}", where=runner.name) from problem
+        raise InputError(f"it does not run with {shapes}: {problem}", where=runner.name, fix="use --dim") from problem
 
 
 def _grown_axis(where: str, name: str, two: tuple[int, ...], three: tuple[int, ...]) -> int:

@@ -26,8 +26,8 @@ from ..exporters import onnx
 from ..exporters.runner import Runner, RunnerOptions
 from ..optimizer.errors import Error, InputError, RecipeError
 from . import protocol
-from .batching import Answer, Batcher, Policy, Request, batch_axes
-from .feeds import Feeds, random_feeds
+from .batching import Answer, Batcher, Policy, batch_axes, tried
+from .feeds import random_feeds
 
 HEADER = "Inference-Header-Content-Length"
 MAX_BATCH = 8
@@ -74,17 +74,10 @@ class Service:
 
     def ask(self, query: protocol.Query) -> Answer | None:
         """Return the answer to a query; None where the queue is full."""
-        answered, found = threading.Event(), list[Answer]()
-
-        def done(answer: Answer) -> None:
-            found.append(answer)
-            answered.set()
-
-        if not self.batcher.offer(Request(feeds=query.feeds, done=done)):
-            return None
-        answered.wait()
-        self._count(found[0])
-        return found[0]
+        answer = self.batcher.ask_if_room(query.feeds)
+        if answer is not None:
+            self._count(answer)
+        return answer
 
     def metadata(self) -> dict[str, Any]:
         inputs = [protocol.described(spec.name, spec.dtype, spec.shape) for spec in self.runner.inputs]
@@ -127,7 +120,7 @@ def service(path: Path, spec: Spec) -> Service:
         fix = f"run optimize export {path} --target onnx" if path.is_dir() else "name an output folder or an .onnx file"
         raise InputError("is no exported model", where=str(file), fix=fix)
     runner = onnx.open(file, RunnerOptions(threads=spec.threads, kernels=spec.kernels))
-    outputs = _warm(runner, spec.dims)
+    outputs = tried(runner, random_feeds(runner, _least(runner), spec.dims, 0))
     axes = _axes(runner, spec.dims, required=spec.max_batch not in (None, 1))
     batch = spec.max_batch or (MAX_BATCH if axes else 1)
     policy = Policy(max_batch=batch, max_delay_ms=spec.max_delay_ms, workers=spec.workers, capacity=spec.capacity)
@@ -142,17 +135,10 @@ def service(path: Path, spec: Spec) -> Service:
     )
 
 
-def _warm(runner: Runner, dims: Mapping[str, int]) -> Feeds:
-    """Return the outputs of one request of the least size."""
+def _least(runner: Runner) -> int:
+    """Return the least batch."""
     first = runner.inputs[0].shape[0] if runner.inputs and runner.inputs[0].shape else 1
-    feeds = random_feeds(runner, first if isinstance(first, int) else 1, dims, 0)
-    try:
-        return runner.run(feeds)
-    except Error:
-        raise
-    except Exception as problem:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
-        raise InputError(f"it does not run with {shapes}: {problem}", where=runner.name, fix="use --dim") from problem
+    return first if isinstance(first, int) else 1
 
 
 def _axes(runner: Runner, dims: Mapping[str, int], *, required: bool) -> Mapping[str, int]:
