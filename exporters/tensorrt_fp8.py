@@ -34,11 +34,9 @@ def _convert(graph: ir.Graph, node: ir.Node) -> bool:
     stem = f"{node.outputs[0].name}.fp8"
     node.replace_input_with(1, _initializer(graph, f"{stem}.scale", scale * (STEPS / LARGEST)))
     zero = torch.zeros(scale.shape).to(torch.float8_e4m3fn)
-    if len(node.inputs) > 2:
-        node.replace_input_with(2, _initializer(graph, f"{stem}.zero", zero))
-    else:
+    if len(node.inputs) < 3:
         node.resize_inputs(3)
-        node.replace_input_with(2, _initializer(graph, f"{stem}.zero", zero))
+    node.replace_input_with(2, _initializer(graph, f"{stem}.zero", zero))
     if node.op_type == "QuantizeLinear":
         node.outputs[0].type = ir.TensorType(FP8)
     elif held is not None:

@@ -56,25 +56,10 @@ def cli() -> None:
     """
 
 
-def _out(function: Any) -> Any:
-    options = (
-        click.option("--out", type=_PATH, help="Folder to make.  [default: the recipe's name]"),
-        click.option("--force", is_flag=True, help="Replace an existing folder."),
-        click.option("--resume", is_flag=True, help="Go on from what a killed run had finished."),
-        click.option("--strict", is_flag=True, help="Fail instead of falling back on a layer."),
-        click.option("--dry-run", is_flag=True, help="Print the plan and what it will cost; write nothing."),
-        click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 @cli.command()
 @click.argument("recipe", type=_PATH)
 @click.option("--plan", "plan_file", type=_PATH, help="Replay the decisions of a plan.yaml.")
-@_out
+@shared.out
 def run(recipe: Path, plan_file: Path | None, **options: Any) -> None:
     """Compress, export, verify, measure and report, as RECIPE says."""
     from . import recipe as recipes
@@ -93,7 +78,7 @@ def run(recipe: Path, plan_file: Path | None, **options: Any) -> None:
 )
 @click.option("--samples", type=click.IntRange(min=2), default=512, show_default=True, help="Calibration samples.")
 @click.option("--plan", "plan_file", type=_PATH, help="Replay the decisions of a plan.yaml.")
-@_out
+@shared.out
 def _checkpoint(checkpoint: Path, plan_file: Path | None, **options: Any) -> None:
     """Run the shipped default recipe (4-bit codebooks, ONNX, benchmark) on a checkpoint."""
     from . import quickstart
