@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BUSY = 0.05
 """Share of the time without a core above which we warn. At 0.5 a true ratio of 0.35 came out as 0.17 to 0.18."""
 
+DIFFERS = 0.05
+"""How far the ratio of medians may be from that of least latencies, relative, before it is told."""
+
 
 def verdict(rows: Sequence[Row], reason: str = "") -> str:
     """Return one sentence per artifact, the slowest first; `reason` is added where one is slower.
@@ -45,8 +48,8 @@ def drifts(rows: Sequence[Row]) -> list[str]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Return what a row says that the table has no column for: real time and energy, a sentence each."""
-    return [sentence for row in rows for sentence in (*_real_time(row), *_energy(row))]
+    """Return what a row says that the table has no column for: medians, real time and energy, a sentence each."""
+    return [sentence for row in rows for sentence in (*_typical(row), *_real_time(row), *_energy(row))]
 
 
 def _invalid(rows: Sequence[Row]) -> list[str]:
@@ -63,6 +66,14 @@ def _busy(rows: Sequence[Row]) -> list[str]:
     if not all(row.stable for row in rows):
         return ["Latencies had not settled when the warm-up ended; measure longer or on an idle machine."]
     return []
+
+
+def _typical(row: Row) -> list[str]:
+    """Say where medians tell another story than least latencies: the runs of one file differ more than the other's."""
+    typical, least = row.details.get("ratio_typical"), row.ratio_to_baseline
+    if not isinstance(typical, float) or least is None or abs(typical / least - 1) <= DIFFERS:
+        return []
+    return [f"{row.artifact} at batch {row.batch}: least latencies have the ratio {least:.2f}, medians {typical:.2f}."]
 
 
 def _real_time(row: Row) -> list[str]:

@@ -36,20 +36,22 @@ class Spec:
     artifact, batch size and thread count, over the least number of processes.
 
     processes: how many fresh processes at least; more follow while a ratio's interval is wider than `half_width`
-    (relative), for up to `extra_seconds` per artifact and batch size, and up to MORE times as many. fresh: "session"
-    opens the files anew in this process instead, which leaves out the luck of a process. meter: see `board/energy.py`.
+    (relative), for up to `extra_seconds` per artifact and batch size, and up to MORE times as many. between_runs: the
+    part of the interval that no benchmark can see in itself, a relative standard deviation (`intervals`). fresh:
+    "session" opens the files anew in this process instead, which leaves out the luck of a process. meter: see `board/energy.py`.
     state: output -> the input that it becomes in the next frame. frame_ms: duration of a frame, for the real-time
     factor; 0 for models without one.
     """
 
     batch: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
-    min_seconds: float = 1.0
+    min_seconds: float = 3.0
     min_count: int = 50
     max_seconds: float = 60.0
     warmup_seconds: float = 3.0
-    processes: int = 6
+    processes: int = 8
     half_width: float = 0.02
+    between_runs: float = intervals.BETWEEN
     extra_seconds: float = 5.0
     fresh: Fresh = "process"
     seed: int = field(default=0, metadata={"hidden": True})
@@ -71,12 +73,15 @@ class Spec:
         if self.processes < 1:
             raise RecipeError(f"processes={self.processes} is out of range", fix="use 1 or more")
         for name, value, good in (
-            ("half_width", self.half_width, self.half_width > 0),
+            ("between_runs", self.between_runs, 0 <= self.between_runs < 1),
             ("extra_seconds", self.extra_seconds, self.extra_seconds >= 0),
             ("frame_ms", self.frame_ms, self.frame_ms >= 0),
         ):
             if not good:
                 raise RecipeError(f"{name}={value} is out of range", fix="use a number above 0")
+        if not self.half_width > (least_width := intervals.unseen(self.between_runs)):
+            what = f"half_width={self.half_width} is out of reach: two runs differ by {least_width:.4f} in any case"
+            raise RecipeError(what, fix="raise it, or lower between_runs to what paredown.bench.repeat measures here")
         energy.check_meter(self.meter)
         limits = {name: getattr(self, name) for name in ("min_seconds", "min_count", "max_seconds")}
         Sampling(**limits)  # validates them
@@ -98,6 +103,7 @@ class Spec:
             least=self.processes,
             most=self.processes * (MORE if self.processes > 1 else 1),
             half_width=self.half_width,
+            between=self.between_runs,
             extra_seconds=self.extra_seconds * artifacts * len(self.batch),
         )
 
@@ -209,7 +215,9 @@ def _row(spec: Spec, measured: Measured, index: int) -> Row:
     seconds = joined(clusters, index)
     p50, p90, p99 = (float(value) for value in np.percentile(seconds, [50, 90, 99]))
     rng = np.random.default_rng([spec.seed, measured.threads, batch])
-    median, ratio, ratio_interval = _estimates(clusters, index, p50, rng)
+    pairs = [(one.seconds[index], one.seconds[0]) for one in clusters]
+    ratio, ratio_interval = intervals.compared(pairs, spec.between_runs, rng)
+    median = _median_interval([seconds for seconds, _ in pairs], p50, spec, rng)
     waits = [one.waited for one in clusters if one.waited is not None]
     found = measured.energies[index]
     return Row(
@@ -231,7 +239,7 @@ def _row(spec: Spec, measured: Measured, index: int) -> Row:
         waited=float(np.mean(waits)) if waits else None,
         energy_j=energy.per_sample(found, batch),
         details={
-            **_processes(spec, clusters),
+            **_processes(spec, clusters, pairs),
             **measured.seen,
             **energy.details(found),
             **streaming.real_time(seconds, spec.frame_ms),
@@ -240,31 +248,25 @@ def _row(spec: Spec, measured: Measured, index: int) -> Row:
     )
 
 
-def _processes(spec: Spec, clusters: Sequence[Samples]) -> dict[str, object]:
+def _processes(spec: Spec, clusters: Sequence[Samples], pairs: Sequence[tuple[Seconds, Seconds]]) -> dict[str, object]:
     over = "processes" if spec.fresh == "process" else "sessions"
     return {
         "processes": len(clusters),
         "interval": f"over fresh {over}" if len(clusters) >= intervals.MIN_PROCESSES else "within one process",
         "rounds_per_process": [len(one.seconds[0]) for one in clusters],
+        "between_runs": spec.between_runs,
+        "ratio_typical": intervals.typical(pairs),
     }
 
 
-def _estimates(
-    clusters: Sequence[Samples], index: int, p50: float, rng: np.random.Generator
-) -> tuple[Interval | None, float, Interval | None]:
-    """Return the interval of the p50 in seconds, the ratio to the baseline and its interval.
-
-    The ratio is the geometric mean of those of the processes. Of one or two processes the intervals are those within
-    the first.
-    """
-    pairs: list[tuple[Seconds, Seconds]] = [(one.seconds[index], one.seconds[0]) for one in clusters]
-    logs = intervals.log_ratios(pairs)
-    ratio = float(np.exp(logs.mean()))
-    if len(clusters) < intervals.MIN_PROCESSES:
-        seconds, baseline = pairs[0]
-        return intervals.median_interval(seconds, rng), ratio, intervals.ratio_interval(seconds, baseline, rng)
-    medians = np.log([float(np.median(seconds)) for seconds, _ in pairs])
-    return intervals.process_interval(p50, medians), ratio, intervals.process_interval(ratio, logs)
+def _median_interval(
+    processes: Sequence[Seconds], p50: float, spec: Spec, rng: np.random.Generator
+) -> Interval | None:
+    """Return the interval of the p50 in seconds; of one or two processes that within the first."""
+    if len(processes) < intervals.MIN_PROCESSES:
+        return intervals.median_interval(processes[0], rng)
+    medians = np.log([float(np.median(seconds)) for seconds in processes])
+    return intervals.process_interval(p50, medians, spec.between_runs)
 
 
 def feeds_of(runner: Runner, spec: Spec, batch: int) -> Feeds:

@@ -1,17 +1,24 @@
-"""95 % intervals for timings, honest about noise that lasts longer than one round, and as long as a process.
+"""95 % intervals for timings, honest about noise that lasts longer than one round, a process, or a whole benchmark.
 
 Over several processes an interval says where a repetition lands: with 95 % probability the ratio of another benchmark
 of the same pair, of as many processes, lies in it. Within one process it covers that process alone.
+
+What a machine does for seconds or minutes (a neighbour who shares its caches or its memory) hits the two of a pair
+unequally, however they alternate. Two things answer it. A ratio over processes is that of least latencies: disturbance
+only adds time, so the least of many runs moves least (Chen and Revels 2016). And an interval has a component that is
+not estimated from the benchmark, which cannot see it, but known beforehand, `between` (type B of the Guide to the
+Expression of Uncertainty in Measurement, 4.3); `python -m paredown.bench.repeat` measures it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtr, ndtri, stdtrit
 
 from .measure import Seconds
 
@@ -21,32 +28,92 @@ RESAMPLES = 2000
 MIN_ROUNDS = 5
 """Below this many rounds no interval is given: resampling four numbers says nothing about a 95 % range."""
 
+BETWEEN = 0.005
+"""Relative standard deviation of a ratio from one benchmark to another of the same pair, beside what processes show."""
+
+HALVES = 0.98
+"""With 0.95, and processes added until the interval is narrow, 93 to 96 % of simulated repetitions lay in it; with this
+95 to 97 %."""
+
 MIN_PROCESSES = 3
 """Below this many processes no interval is given over them: of two observations hardly anything follows."""
 
 
-def log_ratios(pairs: Sequence[tuple[Seconds, Seconds]]) -> NDArray[np.float64]:
-    """Return log `ratio` of each process, given its seconds and those of the baseline."""
-    return np.log([ratio(seconds, baseline) for seconds, baseline in pairs])
+def compared(
+    pairs: Sequence[tuple[Seconds, Seconds]], between: float, rng: np.random.Generator
+) -> tuple[float, Interval | None]:
+    """Return a ratio of latencies and its interval, given the seconds of each process and those of the baseline there.
+
+    Over processes: the least latency of all over the baseline's least. Of fewer than MIN_PROCESSES the ratio is that of
+    typical latencies, and the interval that within the first.
+    """
+    if len(pairs) < MIN_PROCESSES:
+        return typical(pairs), ratio_interval(*pairs[0], rng)
+    least = log_least(pairs)
+    low, high = least.min(axis=0)
+    centre, reach = math.exp(low - high), half_width(least, between)
+    return centre, (centre / (1 + reach), centre * (1 + reach))
 
 
-def half_width(logs: NDArray[np.float64]) -> float:
-    """Return the half-width, relative, of the interval for the mean of another sample of as many processes.
+def typical(pairs: Sequence[tuple[Seconds, Seconds]]) -> float:
+    """Return the geometric mean of the `ratio` of each process."""
+    return float(np.exp(np.mean(np.log([ratio(*pair) for pair in pairs]))))
 
-    t(0.975, n - 1) s sqrt(2 / n): one share of the variance is that of this mean, the other that of the repetition's
-    (prediction interval for a future sample mean, Hahn and Meeker 1991, 4.7). Infinite below MIN_PROCESSES.
+
+def log_least(pairs: Sequence[tuple[Seconds, Seconds]]) -> NDArray[np.float64]:
+    """Return the logarithms of the least latencies of each process: one column for it, one for the baseline."""
+    return np.log([[float(seconds.min()), float(baseline.min())] for seconds, baseline in pairs])
+
+
+def half_width(least: NDArray[np.float64], between: float) -> float:
+    """Return the half-width, relative, of the interval for the ratio that a repetition finds; infinite for too few.
+
+    The processes are parted into halves again and again: HALVES of the differences between the ratios of two halves
+    are smaller than the first component. Half as many processes come less close to an undisturbed latency, so it errs
+    on the safe side. The other component is `unseen(between)`; the two are independent, and their squares add.
+    """
+    if len(least) < MIN_PROCESSES:
+        return math.inf
+    chosen = _halves(len(least))
+    ratios = [np.subtract(*_least_of(least, part).T) for part in (chosen, ~chosen)]
+    apart = float(np.quantile(np.abs(ratios[0] - ratios[1]), HALVES))
+    return math.expm1(math.hypot(apart, math.log1p(unseen(between))))
+
+
+def _halves(count: int) -> NDArray[np.bool_]:
+    """Return ways to choose half of `count`, one a row: all of them, or RESAMPLES that are drawn by a fixed seed."""
+    half = count // 2
+    if math.comb(count, half) <= RESAMPLES:
+        chosen = np.array(list(itertools.combinations(range(count), half)))
+    else:
+        chosen = np.random.default_rng(0).random((RESAMPLES, count)).argsort(axis=1)[:, :half]
+    found = np.zeros((len(chosen), count), np.bool_)
+    np.put_along_axis(found, chosen, values=True, axis=1)
+    return found
+
+
+def _least_of(least: NDArray[np.float64], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    return np.where(chosen[:, :, None], least, np.inf).min(axis=1)
+
+
+def unseen(between: float) -> float:
+    """Return what two benchmarks differ by at most, in 95 of 100 pairs, each moved by a relative deviation `between`."""
+    return math.expm1(float(ndtri(0.975)) * math.sqrt(2) * between)
+
+
+def process_interval(centre: float, logs: NDArray[np.float64], between: float) -> Interval | None:
+    """Return the interval around `centre`, a value whose logarithm in each process is `logs`; None for too few.
+
+    It holds the mean of as many processes of another benchmark: t(0.975, n - 1) s sqrt(2 / n), where one share of the
+    variance is that of this mean and the other that of the repetition's (prediction interval for a future sample mean,
+    Hahn and Meeker 1991, 4.7), beside `unseen(between)`.
     """
     count = len(logs)
     if count < MIN_PROCESSES:
-        return math.inf
-    reach = float(stdtrit(count - 1, 0.975)) * float(np.std(logs, ddof=1)) * math.sqrt(2 / count)
-    return math.expm1(reach)
-
-
-def process_interval(centre: float, logs: NDArray[np.float64]) -> Interval | None:
-    """Return the interval around `centre`, a value whose logarithm in each process is `logs`; None for too few."""
-    reach = half_width(logs)
-    return None if math.isinf(reach) else (centre / (1 + reach), centre * (1 + reach))
+        return None
+    spread = float(stdtrit(count - 1, 0.975)) * float(np.std(logs, ddof=1)) * math.sqrt(2 / count)
+    reach = math.expm1(math.hypot(spread, math.log1p(unseen(between))))
+    return centre / (1 + reach), centre * (1 + reach)
 
 
 def median_interval(seconds: Seconds, rng: np.random.Generator) -> Interval | None:

@@ -164,7 +164,7 @@ class _Pace:
             self._end = time.monotonic() + self._limits.extra_seconds
         if self._limits.least <= len(self._seconds) < self._limits.most:
             late = time.monotonic() >= self._end
-            link.say({"more": not (late or known_well(self._seconds, self._limits.half_width))})
+            link.say({"more": not (late or known_well(self._seconds, self._limits))})
 
 
 def _kernels(order: _Order, board: Board) -> Kernels:

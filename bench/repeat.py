@@ -4,13 +4,18 @@
 
 Each time is one `optimize bench` in a process of its own; options after `--` are passed to it. The first run's interval
 must hold the ratios of at least nine runs in ten, its own included, and its half-width must be at most 3 %. Writes
-intervals.json; exit code 1 where it does not hold.
+intervals.json; exit code 1 where it does not hold. `inside_any` is the share of all ordered pairs of runs where the
+interval of one holds the ratio of the other; `spread` the standard deviation of the logarithms of the ratios, which
+`between_runs` of a machine like this should not be below.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,6 +50,7 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> Json:
     ratios = [row["ratio_to_baseline"] for row in rows]
     inside = sum(low <= ratio <= high for ratio in ratios)
     half = (high - low) / 2 / ratios[0]
+    others = [a["ratio_ci95"][0] <= ratio <= a["ratio_ci95"][1] for a, ratio in _ordered_pairs(rows)]
     return {
         **{key: rows[0][key] for key in ("artifact", "runtime", "scenario", "batch", "threads")},
         "ratios": ratios,
@@ -54,8 +60,15 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> Json:
         "waited": [row.get("waited") for row in rows],
         "inside_first": inside,
         "half_width_first": half,
+        "inside_any": sum(others) / len(others) if others else None,
+        "spread": statistics.stdev(map(math.log, ratios)) if len(ratios) > 1 else None,
         "holds": inside >= SHARE * len(rows) and half <= HALF_WIDTH,
     }
+
+
+def _ordered_pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
+    """Return every row beside the ratio of every other."""
+    return [(one, other["ratio_to_baseline"]) for one, other in itertools.permutations(rows, 2)]
 
 
 def write(documents: Sequence[Mapping[str, Any]], out: Path) -> list[Json]:

@@ -22,8 +22,9 @@ Progress: TypeAlias = Callable[[float, str], None]
 class Row:
     """One artifact under one condition. `samples`: seconds of every run or query, (rounds, per round).
 
-    `ratio_to_baseline` is latency over the first artifact's latency: below 1 is faster. `ci95` is the interval of the
-    p50 in ms. `throughput_per_s` counts samples (batch x runs) over the time spent on them. `stable` is False where the
+    `ratio_to_baseline` is latency over the first artifact's latency: below 1 is faster; over several processes that of
+    least latencies, which what else the machine does moves least (`intervals`). `ci95` is the interval of the p50 in
+    ms. `throughput_per_s` counts samples (batch x runs) over the time spent on them. `stable` is False where the
     warm-up ran out of time before latencies settled; `waited` is the share of time without a core. `runtime` is the
     runner's name, which says whether our kernels computed packed layers. `batch` is the largest batch where the
     scenario forms batches itself. `energy_j` is joules per sample, idle subtracted, None where no meter is. `stages` is
@@ -76,13 +77,10 @@ ROW_KEYS = (
 
 def against(row: Row, beside: Row, rng: np.random.Generator) -> tuple[float, Interval | None]:
     """Return the ratio of two rows that alternated in the same rounds, and its interval: over processes, if several."""
-    rounds = row.details.get("rounds_per_process")
+    rounds, between = (row.details.get(key) for key in ("rounds_per_process", "between_runs"))
     cuts = list(np.cumsum(rounds)[:-1]) if isinstance(rounds, list) else []
     pairs = list(zip(np.split(row.samples, cuts), np.split(beside.samples, cuts), strict=True))
-    ratio = float(np.exp(intervals.log_ratios(pairs).mean()))
-    if len(pairs) < intervals.MIN_PROCESSES:
-        return ratio, intervals.ratio_interval(*pairs[0], rng)
-    return ratio, intervals.process_interval(ratio, intervals.log_ratios(pairs))
+    return intervals.compared(pairs, between if isinstance(between, float) else intervals.BETWEEN, rng)
 
 
 def silent(_fraction: float, _text: str) -> None:

@@ -53,12 +53,14 @@ class Work:
 class Limits:
     """When there are enough processes: at least `least`, until every ratio is known to `half_width` or time is up.
 
-    half_width: of the 95 % interval, relative. most: of processes. extra_seconds: of all that follow the least.
+    half_width: of the 95 % interval, relative, with what moves `between` benchmarks. most: of processes.
+    extra_seconds: of all that follow the least.
     """
 
     least: int
     most: int
     half_width: float
+    between: float
     extra_seconds: float
 
 
@@ -79,16 +81,16 @@ def gather(work: Work, limits: Limits, fresh: Fresh, between: Callable[[], None]
 
 
 def _known(found: Sequence[Sequence[Samples]], limits: Limits) -> bool:
-    return all(known_well([one.seconds for one in cell], limits.half_width) for cell in found)
+    return all(known_well([one.seconds for one in cell], limits) for cell in found)
 
 
-def known_well(processes: Sequence[Sequence[Seconds]], half_width: float) -> bool:
-    """Return whether the ratio of each artifact to the first is known to `half_width` from what processes timed."""
-    ratios = [
-        intervals.log_ratios([(seconds[index], seconds[0]) for seconds in processes])
+def known_well(processes: Sequence[Sequence[Seconds]], limits: Limits) -> bool:
+    """Return whether the ratio of each artifact to the first is known well enough from what processes timed."""
+    least = [
+        intervals.log_least([(seconds[index], seconds[0]) for seconds in processes])
         for index in range(1, len(processes[0]))
     ]
-    return all(intervals.half_width(values) <= half_width for values in ratios)
+    return all(intervals.half_width(pairs, limits.between) <= limits.half_width for pairs in least)
 
 
 def numbered(work: Work, number: int) -> Work:

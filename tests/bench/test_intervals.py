@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 
 from paredown.bench.intervals import (
+    HALVES,
     MIN_ROUNDS,
     block_length,
+    compared,
     half_width,
-    log_ratios,
+    log_least,
     median_interval,
     process_interval,
     ratio,
     ratio_interval,
+    typical,
+    unseen,
 )
 
 
@@ -99,55 +103,98 @@ def test_too_few_rounds_give_no_interval() -> None:
 # --- over processes
 
 
-def _benchmark(rng: np.random.Generator, spread: float) -> np.ndarray:
-    """Return the log ratios of one benchmark's processes: as many as the rule of `sessions.gather` starts."""
-    logs = list(np.log(0.4) + spread * rng.standard_normal(6))
-    while half_width(np.array(logs)) > 0.02 and len(logs) < 24:
-        logs.append(np.log(0.4) + spread * rng.standard_normal())
-    return np.array(logs)
+def _process(rng: np.random.Generator, luck: float, moved: float) -> np.ndarray:
+    """Return 60 runs of each of two files, true ratio 0.4: luck of the process, and disturbance that only adds."""
+    times = np.array([0.4 * moved, 1.0])[:, None] * np.exp(luck * rng.random((2, 1)))
+    return np.asarray(times * (1 + 0.3 * rng.random((2, 1)) * rng.random((2, 60)) ** 4))
 
 
-@pytest.mark.parametrize("spread", [0.003, 0.01, 0.02, 0.04])
-def test_intervals_over_processes_cover_the_truth_and_a_repetition(spread: float) -> None:
+def _benchmark(rng: np.random.Generator, luck: float, moved: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the processes of one benchmark: as many as the rule of `sessions.gather` starts."""
+    pairs = [tuple(_process(rng, luck, moved)) for _ in range(8)]
+    while half_width(log_least(pairs), 0.0) > 0.02 and len(pairs) < 24:
+        pairs.append(tuple(_process(rng, luck, moved)))
+    return pairs
+
+
+@pytest.mark.parametrize("luck", [0.003, 0.01, 0.04, 0.1])
+def test_an_interval_over_processes_covers_a_repetition(luck: float) -> None:
     """Also with the rule that stops once the interval is narrow, which favours intervals that are too narrow."""
     rng = np.random.default_rng(0)
-    truth = repetition = 0
-    for _ in range(1000):
-        first, second = _benchmark(rng, spread), _benchmark(rng, spread)
-        interval = process_interval(float(np.exp(first.mean())), first)
+    hits = 0
+    for _ in range(300):
+        found, repeated = (compared(_benchmark(rng, luck), 0.0, rng) for _ in range(2))
+        assert found[1] is not None
+        assert found[1][0] <= found[0] <= found[1][1]
+        hits += found[1][0] <= repeated[0] <= found[1][1]
+    assert hits >= 0.93 * 300
+
+
+@pytest.mark.parametrize("between", [0.0, 0.0075])
+def test_what_lasts_for_minutes_is_covered_where_it_is_known(between: float) -> None:
+    """Each benchmark is moved as a whole by 0.75 %, which none of its processes shows."""
+    rng = np.random.default_rng(2)
+    hits = 0
+    for _ in range(200):
+        moved = np.exp(0.0075 * rng.standard_normal(2))
+        (_, interval), (repeated, _) = (compared(_benchmark(rng, 0.002, one), between, rng) for one in moved)
         assert interval is not None
-        truth += interval[0] <= 0.4 <= interval[1]
-        repetition += interval[0] <= np.exp(second.mean()) <= interval[1]
-    assert truth >= 950
-    assert repetition >= 920
+        hits += interval[0] <= repeated <= interval[1]
+    assert (hits >= 186) if between else (hits <= 120)
 
 
 def test_rounds_of_one_process_are_not_taken_for_many_observations() -> None:
-    """Between-process luck of 2 %: the interval within a process misses the truth, the one over processes does not."""
+    """Luck of up to 8 % for each process: the interval within one misses a repetition, that over eight does not."""
     rng = np.random.default_rng(1)
     within = over = 0
     for _ in range(100):
-        luck = np.exp(0.02 * rng.standard_normal(8))
-        noise = np.exp(0.005 * rng.standard_normal((8, 30, 2)))
-        baseline = np.exp(0.005 * rng.standard_normal((8, 30, 2)))
-        pairs = [(0.4 * luck[i] * noise[i], baseline[i]) for i in range(8)]
-        one = ratio_interval(*pairs[0], rng)
-        logs = log_ratios(pairs)
-        all_of_them = process_interval(float(np.exp(logs.mean())), logs)
-        assert one is not None
-        assert all_of_them is not None
-        within += one[0] <= 0.4 <= one[1]
-        over += all_of_them[0] <= 0.4 <= all_of_them[1]
+        pairs, again = ([tuple(_process(rng, 0.08, 1.0)[:, :, None]) for _ in range(8)] for _ in range(2))
+        one, several = compared(pairs[:1], 0.0, rng), compared(pairs, 0.0, rng)
+        assert one[1] is not None
+        assert several[1] is not None
+        within += one[1][0] <= compared(again[:1], 0.0, rng)[0] <= one[1][1]
+        over += several[1][0] <= compared(again, 0.0, rng)[0] <= several[1][1]
     assert within < 50
     assert over >= 95
 
 
-def test_half_width_is_the_prediction_interval_of_a_mean() -> None:
+def test_a_ratio_over_processes_is_that_of_undisturbed_runs() -> None:
+    """A neighbour slows the baseline down in half of its processes: the ratio does not follow."""
+    rng = np.random.default_rng(3)
+    pairs = []
+    for index in range(8):
+        slow = 1.5 if index % 2 else 1.0
+        pairs.append((0.4 * (1 + 0.01 * rng.random((10, 8))), slow * (1 + 0.01 * rng.random((10, 8)))))
+    found, interval = compared(pairs, 0.0, rng)
+    assert found == pytest.approx(0.4, rel=0.002)
+    assert interval is not None
+    assert interval[1] / interval[0] < 1.01
+    assert typical(pairs) == pytest.approx(0.4 / np.sqrt(1.5), rel=0.01)
+    assert compared(pairs[:2], 0.0, rng)[0] == pytest.approx(typical(pairs[:2]))
+
+
+def test_the_half_width_compares_halves() -> None:
+    """Of four processes there are three ways to part them in two pairs, by hand."""
+    least = np.log([[0.40, 1.00], [0.42, 1.00], [0.41, 1.05], [0.44, 1.10]])
+    gaps = [
+        abs(np.log(0.40 / 1.0) - np.log(0.41 / 1.05)),
+        abs(np.log(0.40 / 1.0) - np.log(0.42 / 1.0)),
+        abs(np.log(0.40 / 1.0) - np.log(0.41 / 1.0)),
+    ]
+    wanted = np.quantile(np.repeat(gaps, 2), HALVES)
+    assert half_width(least, 0.0) == pytest.approx(np.expm1(wanted))
+    both = np.log1p(half_width(least, 0.02))
+    assert both == pytest.approx(np.hypot(wanted, 1.959963984540054 * np.sqrt(2) * 0.02))
+    assert half_width(least[:2], 0.0) == np.inf
+    assert half_width(np.tile(least, (10, 1)), 0.0) == half_width(np.tile(least, (10, 1)), 0.0)
+
+
+def test_the_interval_of_a_median_is_the_prediction_interval_of_a_mean() -> None:
     logs = np.array([0.0, 0.01, 0.02, 0.03])
     t = 3.182446305284263  # t(0.975, 3)
-    by_hand = np.exp(t * np.sqrt(sum((x - 0.015) ** 2 for x in logs) / 3) * np.sqrt(2 / 4)) - 1
-    assert half_width(logs) == pytest.approx(by_hand)
-    assert half_width(np.array([0.1, 0.2])) == np.inf
-    assert process_interval(1.0, np.array([0.1, 0.2])) is None
-    low, high = process_interval(0.5, logs) or (0, 0)
-    assert low * high == pytest.approx(0.25)
+    by_hand = np.exp(t * np.sqrt(sum((x - 0.015) ** 2 for x in logs) / 3) * np.sqrt(2 / 4))
+    low, high = process_interval(0.5, logs, 0.0) or (0, 0)
+    assert (low, high) == pytest.approx((0.5 / by_hand, 0.5 * by_hand))
+    wider = process_interval(0.5, logs, 0.01) or (0, 0)
+    assert np.log(wider[1] / 0.5) == pytest.approx(np.hypot(np.log(by_hand), np.log1p(unseen(0.01))))
+    assert process_interval(1.0, np.array([0.1, 0.2]), 0.0) is None

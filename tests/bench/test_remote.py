@@ -152,7 +152,7 @@ def test_several_processes_until_the_ratio_is_known(board: Loopback, nets: list[
     assert {row.details["processes"] for row in rows} == {3}
     assert rows[1].ratio_ci95 is not None
     assert rows[1].details["interval"] == "over fresh processes"
-    rows = remote.run(nets, replace(SHORT, processes=2, half_width=1e-9, fresh="session"), BOARD).rows
+    rows = remote.run(nets, replace(SHORT, processes=2, half_width=1e-9, between_runs=0.0, fresh="session"), BOARD).rows
     assert {row.details["processes"] for row in rows} == {2 * edge.MORE}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ from ..zoo.nets import NETS, ZOO
 
 ALONE = {"gru", "lstm", "cells"}
 """Networks without a group: their hidden states are outputs."""
-FIXED = {"vision", "cells"}
-"""Networks whose batch torch's trace for ONNX fixes: exported for one size."""
 QUICK = {"grouped", "raw"}
 """Networks of a second or two; the others are marked slow."""
 QUICK_INTEGER = {"squeeze_excite"}
@@ -72,10 +69,7 @@ def _one_thread() -> object:
 
 @functools.cache
 def original(name: str) -> Model:
-    model = ZOO[name].model()
-    if name not in FIXED:
-        return model
-    return replace(model, inputs=tuple(replace(spec, shape=(2, *spec.shape[1:])) for spec in model.inputs))
+    return ZOO[name].model()
 
 
 @functools.cache
@@ -143,7 +137,7 @@ def test_every_network_is_pruned_factorized_quantized_exported_and_verified(name
     assert off(model, small, calibration(name).batches[0]) < 0.35
     target.export(small, path)
     rows = verify(small, path, target.open)
-    assert [row.batch for row in rows] == ([2] if name in FIXED else [1, 3])
+    assert [row.batch for row in rows] == [1, 3]
     assert max(row.rel for row in rows) < 1e-5
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ from ..zoo.nets import ZOO
 from .conftest import NETS, ROWS, Attention, Perceptron, build, pack_all, packed
 
 SLOW = pytest.mark.slow
-FIXED = {"vision", "cells"}
-"""Networks whose batch torch's trace for ONNX fixes."""
 FORBIDDEN = {"BitShift", "BitwiseAnd", "BitwiseOr", "Mod"}
 UNSIGNED = {onnx.TensorProto.UINT8, onnx.TensorProto.UINT4, onnx.TensorProto.INT2, onnx.TensorProto.UINT2}
 FORMS = (
@@ -269,8 +266,6 @@ def test_options_are_checked() -> None:
 def quantized(name: str, step: str) -> Model:
     net, (quantizer, fields) = ZOO[name], dict(STEPS)[step]
     model, fields = net.model(), dict(fields)
-    if name in FIXED:
-        model = replace(model, inputs=tuple(replace(spec, shape=(2, *spec.shape[1:])) for spec in model.inputs))
     calibration = data.batches(net.batch(16, seed=4), model.inputs, 16)
     activations, kind = fields.pop("activations", "float"), quantizer.__name__.rpartition(".")[2]
     spec = quantize.Spec(quantizer=kind, activations=activations, feedback=False)

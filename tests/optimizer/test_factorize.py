@@ -6,7 +6,6 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,6 @@ from ..zoo.traced import case
 from .tiny import edit, optimize, project
 
 PLAIN: dict[str, Any] = {"correct_bias": False, "reestimate": False}
-FIXED = {"vision", "cells"}
-"""Networks whose batch torch's trace for ONNX fixes, whatever their weights: exported for one size."""
 FINE = lnq.Spec(format=Format(bits=8, feedback=True), rounds=1, cycles=1)
 
 
@@ -76,11 +73,8 @@ def rel(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float((wrong / sum(float(x.double().square().sum()) for x in one)) ** 0.5)
 
 
-def exported(model: Model, name: str, path: Path) -> int:
+def exported(model: Model, path: Path) -> int:
     """Export and verify a network of the zoo; return at how many batch sizes."""
-    if name in FIXED:
-        fixed = (replace(i, shape=(2, *i.shape[1:])) for i in model.inputs)
-        model = replace(model, inputs=tuple(fixed))
     target.export(model, path)
     return len(verify(model, path, target.open))
 
@@ -125,7 +119,7 @@ def test_the_zoo_is_factorized_quantized_exported_and_verified(name: str, tmp_pa
         assert isinstance(weight.right, Uniform)
     batch = case(name).net.batch(8, seed=11)
     assert rel(run(low, batch), run(model, batch)) < 0.05
-    assert exported(model, name, tmp_path / "net.onnx") == (1 if name in FIXED else 2)
+    assert exported(model, tmp_path / "net.onnx") == 2
     held = (tmp_path / "net.onnx").read_bytes()
     stored = [(f"{layer}.left.codes".encode(), f"{layer}.left.c16.codes".encode()) for layer in low_ranks(low)]
     assert all(decoded in held or packed in held for decoded, packed in stored)
@@ -410,7 +404,7 @@ def test_the_zoo_takes_residuals(name: str, tmp_path: Path) -> None:
     plain = {layer for layer, weight in result.model.weights.items() if not isinstance(weight, Sum | Dense)}
     told = {note.partition(" has no residual: ")[0] for note in result.notes}
     assert told == {layer.removesuffix(".weight") for layer in plain}
-    assert exported(result.model, name, tmp_path / "net.onnx") == (1 if name in FIXED else 2)
+    assert exported(result.model, tmp_path / "net.onnx") == 2
 
 
 def test_a_residual_is_planned_layer_by_layer(chain: Model) -> None:

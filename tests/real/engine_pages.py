@@ -15,7 +15,7 @@ Row: TypeAlias = Mapping[str, Any]
 
 HEAD = """# Bytes of engines
 
-Built by TensorRT-RTX 1.7.1 without a GPU, for SM86, any batch of 1 to 32 (`vision` and `cells`: 2), with
+Built by TensorRT-RTX 1.7.1 without a GPU, for SM86, any batch of 1 to 32, with
 `python tests/real/tensorrt_table.py layers|real|zoo`. Bytes only: no speed was measured. An entry is the engine in kB
 and its share of the dense float32 one; "stored" holds weights packed wherever TensorRT can, "chosen" is what
 `optimize export` builds. In brackets: layers kept as the model stores them, and layers that fall back to int8 or to

@@ -45,10 +45,8 @@ from paredown.optimizer.walk import trace
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "bench" / "results"
 SM = ("8.6",)
-FIXED = {"vision", "cells"}
-"""Networks of the zoo whose batch torch's trace for ONNX fixes."""
 SAMPLES = 16
-FIXED_BATCH = 2
+BATCH = 2
 SIZES = {"height": "32:64:96", "width": "32:64:96"} | dict.fromkeys(("time", "seq", "queries", "keys"), "8:16:32")
 """Of dimensions beside the batch; bytes of an engine hardly depend on them."""
 FORMS: Mapping[str, tuple[Any, Any]] = {
@@ -102,7 +100,7 @@ def _equal(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _difference(model: Model, calibration: Calibration) -> float:
     """Return the largest difference of an output between both files, over its largest value, on real inputs."""
     exact = symmetric(replace(model, dynamic=frozenset()))
-    inputs = data.rebatch(calibration, FIXED_BATCH).batches[0]
+    inputs = data.rebatch(calibration, BATCH).batches[0]
     feeds = {spec.name: x.numpy(force=True) for spec, x in zip(model.inputs, inputs, strict=True)}
     with tempfile.TemporaryDirectory() as folder:
         portable, graph = Path(folder) / "portable.onnx", Path(folder) / "graph.onnx"
@@ -128,9 +126,6 @@ def _zoo(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         if names and net.name not in names:
             continue
         model = net.model()
-        if net.name in FIXED:
-            inputs = tuple(replace(spec, shape=(FIXED_BATCH, *spec.shape[1:])) for spec in model.inputs)
-            model = replace(model, inputs=inputs)
         yield from _rows(net.name, model, data.batches(net.batch(SAMPLES, seed=4), model.inputs, SAMPLES))
 
 

@@ -54,7 +54,7 @@ class Cells(nn.Module):
         self.head = nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = x.new_zeros(len(x), 6)
+        hidden = x.new_zeros(x.shape[0], 6)
         for step in range(4):
             hidden = self.cell(x[:, step], hidden)
         y: Tensor = self.head(hidden)
