@@ -111,13 +111,18 @@ Work cut_work(const Isa &isa, const Linear &linear) {
   return work;
 }
 
+int64_t widest_tile(const Isa &isa, const Linear &linear) {
+  const bool narrow = linear.call->mode == PAREDOWN_EXACT && !linear.weight.identity && linear.weight.given.bits <= 4;
+  return narrow ? isa.narrow_tile : isa.tile[linear.call->mode];
+}
+
 void pack_inputs(const Isa &isa, Linear &linear, const Scratch &scratch) {
   const paredown_linear &call = *linear.call;
   char *base = static_cast<char *>(call.scratch);
   linear.x = {base + scratch.x, reinterpret_cast<float *>(base + scratch.scale),
               reinterpret_cast<int32_t *>(base + scratch.correction)};
   linear.low_x = {base + scratch.low_x, nullptr, nullptr};
-  linear.tiles = cut_tokens(call.m, isa.tile[call.mode]);
+  linear.tiles = cut_tokens(call.m, widest_tile(isa, linear));
   Packing packing{isa, linear};
   run_tasks(call, pack_tile, &packing, static_cast<size_t>(linear.tiles.count));
 }

@@ -91,7 +91,8 @@ struct Convolution {
 
 struct Isa {
   const char *name;
-  int32_t tile[2]; /* the widest tile, by mode */
+  int32_t tile[2];         /* the widest tile, by mode */
+  int32_t narrow_tile;     /* the widest in exact mode where codes have 1 to 4 bits */
   int32_t tokens;  /* the most that one call of `multiply` takes */
   /* Pack tiles [first, last) of the activations, and of the low-rank ones. */
   void (*pack)(const Linear &linear, int64_t first, int64_t last);

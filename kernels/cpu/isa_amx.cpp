@@ -181,7 +181,7 @@ inline void turn(int8_t *x, int64_t quads, int64_t tokens) {
 void pack_tokens_first(const Linear &linear, int64_t first, int64_t last) {
   pack(linear, first, last);
   const Weight &weight = linear.weight;
-  if (linear.call->mode != PAREDOWN_INT8 || is_direct(bits_of(weight), linear.tiles)) return;
+  if (linear.call->mode != PAREDOWN_INT8 || is_direct<1>(PAREDOWN_INT8, bits_of(weight), linear.tiles)) return;
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t start = tile_start(linear.tiles, tile), tokens = tile_start(linear.tiles, tile + 1) - start;
     int8_t *x = static_cast<int8_t *>(linear.x.x) + start * weight.steps * STEP;
@@ -214,7 +214,7 @@ int64_t multiply_bytes(int64_t count) {
 
 }  // namespace
 
-const Isa amx_isa = {"amx",    {Simd::tile, tile_tokens}, tokens_at_once, pack_tokens_first,
+const Isa amx_isa = {"amx",    {Simd::tile, tile_tokens}, exact_tile, tokens_at_once, pack_tokens_first,
                      multiply, &convolution,              multiply_bytes};
 
 }  // namespace paredown

@@ -7,6 +7,6 @@
 
 namespace paredown {
 
-const Isa avx2_isa = {"avx2", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution, multiply_bytes};
+const Isa avx2_isa = {"avx2", {Simd::tile, Simd::tile}, Simd::tile, tokens_at_once, pack, multiply, &convolution, multiply_bytes};
 
 }  // namespace paredown

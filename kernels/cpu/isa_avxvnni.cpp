@@ -7,7 +7,7 @@
 
 namespace paredown {
 
-const Isa avxvnni_isa = {"avxvnni", {Simd::tile, Simd::tile}, tokens_at_once, pack, multiply, &convolution,
+const Isa avxvnni_isa = {"avxvnni", {Simd::tile, Simd::tile}, Simd::tile, tokens_at_once, pack, multiply, &convolution,
                          multiply_bytes};
 
 }  // namespace paredown

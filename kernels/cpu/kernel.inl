@@ -2,7 +2,8 @@
  *
  * Up to `Simd::direct` tokens, words of R blocks of 16 rows are decoded in registers right before they are multiplied.
  * More tokens share the decode: a run (exact mode: a chunk) of R blocks goes to a buffer in the first cache, and every
- * tile of tokens is multiplied by it.
+ * tile of tokens is multiplied by it. With PAREDOWN_EXACT_TILE exact mode decodes words of up to 4 bits in registers for
+ * every tile of so many tokens anew, one block at once: products wait for FMA units, and the decode uses the others.
  *
  *   BITS  width of the codes, 0 for 8 bits without a table
  *   T     tokens of a tile          R  blocks of 16 rows
@@ -410,19 +411,46 @@ void buffered_exact(const Weight &weight, const Packed &packed, int64_t block, c
 
 /* --- which of them --- */
 
+#ifdef PAREDOWN_EXACT_TILE
+/* 1024 x 1024, 4 bits, 8 and 16 tokens: 148 and 297 us, from a buffer 190 and 340; pairs of blocks spill (Zen 4). */
+constexpr int exact_tile = PAREDOWN_EXACT_TILE;
+inline bool exact_by_tile(int mode, int bits) { return mode == PAREDOWN_EXACT && bits >= 1 && bits <= 4; }
+#else
+constexpr int exact_tile = Simd::direct;
+inline bool exact_by_tile(int, int) { return false; }
+#endif
+
 /* `bits` 0 to 8, as BITS. */
-inline bool is_direct(int bits, const Tiles &tiles) {
+template <int R>
+inline bool is_direct(int mode, int bits, const Tiles &tiles) {
+  if (R == 1 && exact_by_tile(mode, bits)) return tiles.width + (tiles.wide > 0) <= exact_tile;
   return bits <= 4 && tiles.count == 1 && tiles.width <= Simd::direct;
 }
 
 template <int BITS, int R>
 void add_direct(int mode, const Weight &weight, const Packed &packed, int64_t block, int64_t tokens, float *totals) {
-  each<Simd::direct>([&](auto t) {
+  each<R == 1 ? exact_tile : Simd::direct>([&](auto t) {
     constexpr int T = decltype(t)::value + 1;
     if (tokens != T) return;
-    if (mode == PAREDOWN_INT8) direct_int8<BITS, T, R>(weight, packed, block, totals);
+    if constexpr (T <= Simd::direct) {
+      if (mode == PAREDOWN_INT8) direct_int8<BITS, T, R>(weight, packed, block, totals);
+    }
     if (mode == PAREDOWN_EXACT) direct_exact<BITS, T, R>(weight, packed, block, totals);
   });
+}
+
+/* Every tile of a span by itself. Only exact mode has several. */
+template <int BITS, int R>
+void add_tiles(int mode, const Weight &weight, const Packed &packed, int64_t block, const Span &span,
+               const paredown_linear *completed, float *totals) {
+  for (int64_t tile = span.first; tile < span.last; ++tile) {
+    const int64_t start = tile_start(span.tiles, tile), width = tile_start(span.tiles, tile + 1) - start;
+    Packed here = packed;
+    if (tile > 0) here.x = const_cast<float *>(tile_x<float>(weight, packed, span.tiles, tile, 0));
+    add_direct<BITS, R>(mode, weight, here, block, width, totals);
+    if (completed != nullptr) finish(*completed, block, R, start, width, totals);
+    totals += width * R * ROWS;
+  }
 }
 
 /* Add the products of R blocks of a weight with the tokens of a span to `totals`. Where they complete a call, write its
@@ -431,14 +459,13 @@ template <int R>
 void add_product(int mode, const Weight &weight, const Packed &packed, int64_t block, const Span &span,
                  const paredown_linear *completed, float *totals) {
   const int bits = bits_of(weight);
-  const bool direct = is_direct(bits, span.tiles);
+  const bool direct = is_direct<R>(mode, bits, span.tiles);
   each<9>([&](auto b) {
     constexpr int BITS = decltype(b)::value;
     if (bits != BITS) return;
     if constexpr (BITS <= 4 && Simd::direct > 0) {
       if (direct) {
-        add_direct<BITS, R>(mode, weight, packed, block, span.tiles.width, totals);
-        if (completed != nullptr) finish(*completed, block, R, 0, span.tiles.width, totals);
+        add_tiles<BITS, R>(mode, weight, packed, block, span, completed, totals);
         return;
       }
     }
@@ -465,6 +492,7 @@ inline bool same_table(const Weight &weight, int64_t block) {
  * exact layers got 15 GB/s, not 24, from memory. */
 inline bool in_pair(const Linear &linear, int64_t block, int64_t last) {
   if (block + 1 >= last || linear.call->m == 1) return false;
+  if (exact_by_tile(linear.call->mode, bits_of(linear.weight))) return false;
   return same_table(linear.weight, block) && (linear.low.given.n == 0 || same_table(linear.low, block));
 }
 

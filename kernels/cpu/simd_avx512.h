@@ -22,6 +22,7 @@ struct Simd {
   static constexpr int blocks = 2;          /* row blocks at once */
   static constexpr int direct = 4;          /* tokens up to which words are decoded in registers */
   static constexpr int tile = 12;           /* tokens at once: 24 accumulators of 32 registers */
+#define PAREDOWN_EXACT_TILE 8               /* see kernel.inl */
   static constexpr int int8_offset = 0;     /* operands are table bytes less this */
 
   static I load(const void *p) {
