@@ -8,9 +8,10 @@ bytes of codes and scales over the best time, beside what this machine reads in 
 (warm), or over layers that together exceed the caches (cold).
 
 Beside our forms stand the limits that were measured in the same rounds (`kernel_limits.py`), in microseconds a layer:
-`bytes_us` (reading), `kernel_us` (the kernel's instructions, on rows that stay in the first cache; one token), and
-`products_us` (int8: its byte products at the rate that registers give). `limit_us` is the largest of them. Several
-threads are taken to be as many times as fast. In exact mode with more than one token reading alone is known.
+`bytes_us` (reading), `kernel_us` (the kernel's instructions, on rows that stay in the first cache; one token),
+`products_us` (int8: its byte products at the rate that registers give), and `call_us` (running a session of 16 rows and
+128 inputs, which any layer pays). `limit_us` is the largest of the first three and the last. Several threads are taken
+to be as many times as fast. In exact mode with more than one token reading alone is known.
 Convolutions: `kernel_convs.py`.
 """
 
@@ -73,10 +74,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Seconds that one weight takes at one token, by form, and one product of bytes; one thread."""
+    """Seconds that one weight takes at one token, by form, one product of bytes, one call; one thread."""
 
     kernel: Mapping[Form, float]
     product: float
+    call: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,14 +118,13 @@ def measured(cell: Cell, forms: Sequence[Form], seconds: float) -> Iterator[dict
     with tempfile.TemporaryDirectory() as folder:
         calls = [_call(form, cell, Path(folder), x) for form in forms]
         resident = {form: kernel_limits.resident(form, cell.k) for form in forms if form.ours and cell.m == 1}
-        products = kernel_limits.multiplied()
-        timed = [*resident.values(), products]
+        timed = [*resident.values(), kernel_limits.multiplied(), (_empty_call(cell, Path(folder)), 1.0)]
         limits = Sampling(
             min_seconds=seconds, min_count=10, max_seconds=20 * seconds, min_rounds=8, warmup_seconds=seconds
         )
         samples = sample([*calls, *(call for call, _ in timed)], limits)
     least = [float(times.min()) / count for times, (_, count) in zip(samples.seconds[len(forms) :], timed, strict=True)]
-    rates = Rates(kernel=dict(zip(resident, least, strict=False)), product=least[-1])
+    rates = Rates(kernel=dict(zip(resident, least, strict=False)), product=least[-2], call=least[-1])
     for form, times in zip(forms, samples.seconds, strict=False):
         size = models.weight_bytes(form, cell.n, cell.k)
         best, middle = float(times.min()) / cell.layers, float(np.median(times)) / cell.layers
@@ -151,7 +152,9 @@ def _limits(form: Form, cell: Cell, rates: Rates, bytes_us: float) -> dict[str, 
     kernel = work * rates.kernel[form] if form in rates.kernel else None
     products = work * cell.m * rates.product if form.mode == "int8" else None
     known = [limit for limit in (bytes_us, kernel, products) if limit is not None]
-    return {"bytes_us": bytes_us, "kernel_us": kernel, "products_us": products, "limit_us": max(known)}
+    call = rates.call * 1e6 / cell.layers
+    found = {"bytes_us": bytes_us, "kernel_us": kernel, "products_us": products, "call_us": call}
+    return found | {"limit_us": max(known) + call}
 
 
 def read_gb_per_s(size: int, threads: int) -> float:
@@ -229,7 +232,7 @@ def _shares(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _law(row: dict[str, Any]) -> float:
-    return float(max(row["bytes_us"], row["products_us"] or 0.0))
+    return float(max(row["bytes_us"], row["products_us"] or 0.0) + row["call_us"])
 
 
 def _cells(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: Sequence[int]) -> Iterator[Cell]:
@@ -244,6 +247,13 @@ def _call(form: Form, cell: Cell, folder: Path, x: np.ndarray) -> Call:
     path = models.write(form, Chain(n=cell.n, k=cell.k, layers=cell.layers), folder)
     session = _session(form, path, cell.threads)
     return lambda: session.run(None, {"x": x})
+
+
+def _empty_call(cell: Cell, folder: Path) -> Call:
+    """Return a call of the least layer that there is, 16 x 128, with as many rows of activations."""
+    (place := folder / "empty").mkdir()
+    form, least = OURS[0], Cell(n=kernel_limits.ROWS, k=models.GROUP, m=cell.m, threads=cell.threads)
+    return _call(form, least, place, np.zeros((cell.m, models.GROUP), np.float32))
 
 
 def _session(form: Form, path: Path, threads: int) -> onnxruntime.InferenceSession:

@@ -52,8 +52,8 @@ def bars() -> str:
     lines = [
         "Ratios of best times, and weight bytes per second over what the machine reads, with the bar that was set for "
         "each; ratios to fp32 are shown where they miss theirs. Limit: what the instructions of our kernel, timed in "
-        "the first cache, and the reading of the weights leave at best on this processor; without instructions: "
-        "reading and products of bytes alone, which no kernel passes.\n",
+        "the first cache, the reading of the weights and a call of onnxruntime leave at best on this processor; "
+        "without instructions: reading, products of bytes and the call alone, which no kernel passes.\n",
         "| | threads | measured | bar | met | limit | without instructions |",
         "|---|---|---|---|---|---|---|",
     ]
