@@ -38,9 +38,9 @@ class Spec:
     processes: how many fresh processes at least; more follow while a ratio's interval is wider than `half_width`
     (relative), for up to `extra_seconds` per artifact and batch size, and up to MORE times as many. between_runs: the
     part of the interval that no benchmark can see in itself, a relative standard deviation (`intervals`). fresh:
-    "session" opens the files anew in this process instead, which leaves out the luck of a process. meter: see `board/energy.py`.
-    state: output -> the input that it becomes in the next frame. frame_ms: duration of a frame, for the real-time
-    factor; 0 for models without one.
+    "session" opens the files anew in this process instead, which leaves out the luck of a process. meter: see
+    `board/energy.py`. state: output -> the input that it becomes in the next frame. frame_ms: duration of a frame, for
+    the real-time factor; 0 for models without one.
     """
 
     batch: tuple[int, ...] = (1,)
@@ -259,9 +259,7 @@ def _processes(spec: Spec, clusters: Sequence[Samples], pairs: Sequence[tuple[Se
     }
 
 
-def _median_interval(
-    processes: Sequence[Seconds], p50: float, spec: Spec, rng: np.random.Generator
-) -> Interval | None:
+def _median_interval(processes: Sequence[Seconds], p50: float, spec: Spec, rng: np.random.Generator) -> Interval | None:
     """Return the interval of the p50 in seconds; of one or two processes that within the first."""
     if len(processes) < intervals.MIN_PROCESSES:
         return intervals.median_interval(processes[0], rng)

@@ -97,7 +97,7 @@ def _least_of(least: NDArray[np.float64], chosen: NDArray[np.bool_]) -> NDArray[
 
 
 def unseen(between: float) -> float:
-    """Return what two benchmarks differ by at most, in 95 of 100 pairs, each moved by a relative deviation `between`."""
+    """Return what two benchmarks differ by at most in 95 of 100 pairs, each moved by a relative deviation `between`."""
     return math.expm1(float(ndtri(0.975)) * math.sqrt(2) * between)
 
 

@@ -213,7 +213,10 @@ def test_a_function_that_no_process_can_import_is_named(world: World) -> None:
     [
         ({"processes": 0}, "processes=0 is out of range; use 1 or more"),
         ({"between_runs": -0.1}, "between_runs=-0.1 is out of range; use a number above 0"),
-        ({"half_width": 0.02}, r"half_width=0.02 is out of reach: two runs differ by 0.0210 .*; raise it, or lower betw"),
+        (
+            {"half_width": 0.02},
+            r"half_width=0.02 is out of reach: two runs differ by 0.0210 .*; raise it, or lower betw",
+        ),
         ({"frame_ms": -1.0}, "frame_ms=-1.0 is out of range"),
         ({"meter": "nvlm"}, r'bench meter: there is no meter "nvlm"; did you mean "nvml"\?'),
         ({"meter": "lab.meter"}, r'bench meter: there is no module "lab.meter"; name a module with a function open'),
