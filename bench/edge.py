@@ -216,7 +216,7 @@ def _row(spec: Spec, measured: Measured, index: int) -> Row:
     p50, p90, p99 = (float(value) for value in np.percentile(seconds, [50, 90, 99]))
     rng = np.random.default_rng([spec.seed, measured.threads, batch])
     pairs = [(one.seconds[index], one.seconds[0]) for one in clusters]
-    ratio, ratio_interval = intervals.compared(pairs, spec.between_runs, rng)
+    ratio, ratio_interval = intervals.compared(pairs, spec.between_runs if index else 0.0, rng)
     median = _median_interval([seconds for seconds, _ in pairs], p50, spec, rng)
     waits = [one.waited for one in clusters if one.waited is not None]
     found = measured.energies[index]

@@ -12,6 +12,7 @@ Expression of Uncertainty in Measurement, 4.3); `python -m paredown.bench.repeat
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -80,6 +81,7 @@ def half_width(least: NDArray[np.float64], between: float) -> float:
     return math.expm1(math.hypot(apart, math.log1p(unseen(between))))
 
 
+@functools.cache
 def _halves(count: int) -> NDArray[np.bool_]:
     """Return ways to choose half of `count`, one a row: all of them, or RESAMPLES that are drawn by a fixed seed."""
     half = count // 2
@@ -89,6 +91,7 @@ def _halves(count: int) -> NDArray[np.bool_]:
         chosen = np.random.default_rng(0).random((RESAMPLES, count)).argsort(axis=1)[:, :half]
     found = np.zeros((len(chosen), count), np.bool_)
     np.put_along_axis(found, chosen, values=True, axis=1)
+    found.flags.writeable = False  # kept for the next call
     return found
 
 

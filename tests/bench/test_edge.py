@@ -191,7 +191,7 @@ def test_a_ratio_is_the_mean_over_sessions_and_its_interval_covers_their_luck(wo
 
 def test_a_steady_ratio_needs_no_more_than_the_least(world: World) -> None:
     paths = [world.add("dense.onnx", lambda _: 0.010), world.add("small.onnx", lambda _: 0.004)]
-    _, small = edge.run(paths, _spec(processes=4), world.open)
+    _, small = edge.run(paths, _spec(processes=4, half_width=0.05), world.open)
     assert small.details["processes"] == 4
     assert len(small.details["rounds_per_process"]) == 4  # type: ignore[arg-type]
     assert sum(small.details["rounds_per_process"]) == len(small.samples)  # type: ignore[call-overload]
@@ -222,8 +222,8 @@ def test_a_function_that_no_process_can_import_is_named(world: World) -> None:
         ({"processes": 0}, "processes=0 is out of range; use 1 or more"),
         ({"between_runs": -0.1}, "between_runs=-0.1 is out of range; use a number above 0"),
         (
-            {"half_width": 0.02},
-            r"half_width=0.02 is out of reach: two runs differ by 0.0210 .*; raise it, or lower betw",
+            {"half_width": 0.01},
+            r"half_width=0.01 is out of reach: two runs differ by 0.0140 .*; raise it, or lower betw",
         ),
         ({"frame_ms": -1.0}, "frame_ms=-1.0 is out of range"),
         ({"meter": "nvlm"}, r'bench meter: there is no meter "nvlm"; did you mean "nvml"\?'),

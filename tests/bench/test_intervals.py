@@ -117,17 +117,17 @@ def _benchmark(rng: np.random.Generator, luck: float, moved: float = 1.0) -> lis
     return pairs
 
 
-@pytest.mark.parametrize("luck", [0.003, 0.01, 0.04, 0.1])
+@pytest.mark.parametrize("luck", [0.003, 0.01, 0.04])
 def test_an_interval_over_processes_covers_a_repetition(luck: float) -> None:
     """Also with the rule that stops once the interval is narrow, which favours intervals that are too narrow."""
     rng = np.random.default_rng(0)
     hits = 0
-    for _ in range(300):
+    for _ in range(200):
         found, repeated = (compared(_benchmark(rng, luck), 0.0, rng) for _ in range(2))
         assert found[1] is not None
         assert found[1][0] <= found[0] <= found[1][1]
         hits += found[1][0] <= repeated[0] <= found[1][1]
-    assert hits >= 0.93 * 300
+    assert hits >= 0.93 * 200
 
 
 @pytest.mark.parametrize("between", [0.0, 0.0075])
@@ -159,17 +159,17 @@ def test_rounds_of_one_process_are_not_taken_for_many_observations() -> None:
 
 
 def test_a_ratio_over_processes_is_that_of_undisturbed_runs() -> None:
-    """A neighbour slows the baseline down in half of its processes: the ratio does not follow."""
+    """A neighbour slows the baseline down in three of its processes: the ratio does not follow."""
     rng = np.random.default_rng(3)
     pairs = []
     for index in range(8):
-        slow = 1.5 if index % 2 else 1.0
+        slow = 1.0 if index % 3 else 1.5
         pairs.append((0.4 * (1 + 0.01 * rng.random((10, 8))), slow * (1 + 0.01 * rng.random((10, 8)))))
     found, interval = compared(pairs, 0.0, rng)
     assert found == pytest.approx(0.4, rel=0.002)
     assert interval is not None
     assert interval[1] / interval[0] < 1.01
-    assert typical(pairs) == pytest.approx(0.4 / np.sqrt(1.5), rel=0.01)
+    assert typical(pairs) == pytest.approx(0.4 / 1.5 ** (3 / 8), rel=0.01)
     assert compared(pairs[:2], 0.0, rng)[0] == pytest.approx(typical(pairs[:2]))
 
 
