@@ -80,7 +80,8 @@ def _real_time(row: Row) -> list[str]:
     if "frame_ms" not in row.details:
         return []
     p50, p99, missed = (row.details[f"{key}"] for key in _REAL_TIME)
-    frame = f"{row.artifact} takes {p50:.2g} of a frame of {row.details['frame_ms']:g} ms, {p99:.2g} at p99"
+    name = row.artifact if row.batch == 1 else f"{row.artifact} at batch {row.batch}"
+    frame = f"{name} takes {p50:.2g} of a frame of {row.details['frame_ms']:g} ms, {p99:.2g} at p99"
     return [f"{frame}, and misses {_share(missed)} of its deadlines."]
 
 
@@ -88,7 +89,10 @@ _REAL_TIME = ("real_time_factor_p50", "real_time_factor_p99", "missed_deadline_s
 
 
 def _share(value: object) -> str:
-    return f"{100 * value:.2g} %" if isinstance(value, float) and value else "none"
+    """Return a share in per cent; three digits where two would round to all, or to 1e+02."""
+    if not isinstance(value, float) or not value:
+        return "none"
+    return "all" if value == 1 else f"{100 * value:.{2 if value < 0.095 else 3}g} %"
 
 
 def _energy(row: Row) -> list[str]:

@@ -78,7 +78,7 @@ class Spec:
             ("frame_ms", self.frame_ms, self.frame_ms >= 0),
         ):
             if not good:
-                raise RecipeError(f"{name}={value} is out of range", fix="use a number above 0")
+                raise RecipeError(f"{name}={value} is out of range", fix="use 0 or more")
         if not self.half_width > (least_width := intervals.unseen(self.between_runs)):
             what = f"half_width={self.half_width} is out of reach: two runs differ by {least_width:.4f} in any case"
             raise RecipeError(what, fix="raise it, or lower between_runs to what paredown.bench.repeat measures here")

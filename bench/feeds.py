@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from ..optimizer.errors import InputError
+from ..optimizer.errors import InputError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from ..exporters.runner import Runner
@@ -27,8 +27,19 @@ def random_feeds(runner: Runner, batch: int, dims: Mapping[str, int], seed: int)
     The same seed gives the same arrays to every runner with the same inputs.
     """
     sizes = {**dims, **_batch_size(runner, batch)}
+    _check_names(runner, sizes, dims)
     rng = np.random.default_rng([seed, batch])
     return {spec.name: _random_array(spec, sizes, rng) for spec in runner.inputs}
+
+
+def _check_names(runner: Runner, sizes: Mapping[str, int], dims: Mapping[str, int]) -> None:
+    """Raise where `dims` names no dimension while one is left to DEFAULT_DIM: another size would be measured."""
+    named = {size for spec in runner.inputs for size in spec.shape if isinstance(size, str)}
+    unknown, left = sorted(dims.keys() - named), sorted(named - sizes.keys())
+    if unknown and left:
+        raise RecipeError(
+            f'the model has no dimension "{unknown[0]}"', where="bench dims", fix=nearest(unknown[0], left)
+        )
 
 
 def checked_feeds(runner: Runner, batch: int, make: MakeFeeds) -> Feeds:

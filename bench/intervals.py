@@ -96,7 +96,7 @@ def _halves(count: int) -> NDArray[np.bool_]:
 
 
 def _least_of(least: NDArray[np.float64], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-    return np.where(chosen[:, :, None], least, np.inf).min(axis=1)
+    return np.asarray(np.where(chosen[:, :, None], least, np.inf).min(axis=1))
 
 
 def unseen(between: float) -> float:

@@ -43,6 +43,8 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BITS = (4, 3, 2)
 COLD_BYTES = 320 << 20
 """What the layers of a cold chain hold at least; ten times the last cache of the machines tried."""
+EMPTY_CALLS = 200
+"""At once, a millisecond or more: the clock and the rounds need that."""
 
 DENSE = Form(name="fp32", op="MatMul")
 NBITS = Form(name="MatMulNBits 4b b128", op="MatMulNBits", bits=4)
@@ -118,7 +120,7 @@ def measured(cell: Cell, forms: Sequence[Form], seconds: float) -> Iterator[dict
     with tempfile.TemporaryDirectory() as folder:
         calls = [_call(form, cell, Path(folder), x) for form in forms]
         resident = {form: kernel_limits.resident(form, cell.k) for form in forms if form.ours and cell.m == 1}
-        timed = [*resident.values(), kernel_limits.multiplied(), (_empty_call(cell, Path(folder)), 1.0)]
+        timed = [*resident.values(), kernel_limits.multiplied(), _empty_call(cell, Path(folder))]
         limits = Sampling(
             min_seconds=seconds, min_count=10, max_seconds=20 * seconds, min_rounds=8, warmup_seconds=seconds
         )
@@ -249,11 +251,12 @@ def _call(form: Form, cell: Cell, folder: Path, x: np.ndarray) -> Call:
     return lambda: session.run(None, {"x": x})
 
 
-def _empty_call(cell: Cell, folder: Path) -> Call:
-    """Return a call of the least layer that there is, 16 x 128, with as many rows of activations."""
+def _empty_call(cell: Cell, folder: Path) -> tuple[Call, float]:
+    """Return calls of the least layer that there is, 16 x 128, with as many rows of activations, and their number."""
     (place := folder / "empty").mkdir()
-    form, least = OURS[0], Cell(n=kernel_limits.ROWS, k=models.GROUP, m=cell.m, threads=cell.threads)
-    return _call(form, least, place, np.zeros((cell.m, models.GROUP), np.float32))
+    least = Cell(n=kernel_limits.ROWS, k=models.GROUP, m=cell.m, threads=cell.threads)
+    once = _call(OURS[0], least, place, np.zeros((cell.m, models.GROUP), np.float32))
+    return lambda: [once() for _ in range(EMPTY_CALLS)], float(EMPTY_CALLS)
 
 
 def _session(form: Form, path: Path, threads: int) -> onnxruntime.InferenceSession:

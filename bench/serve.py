@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -151,11 +152,19 @@ def _axes(runner: Runner, dims: Mapping[str, int], *, required: bool) -> Mapping
         return {}
 
 
+class _Server(ThreadingHTTPServer):
+    """A thread per connection; a client that leaves early ends its own thread, and is no error of the server."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def server(found: Service, spec: Spec) -> ThreadingHTTPServer:
     """Return a server that listens, and does not answer yet; RecipeError where the address cannot be had."""
     handler = type("Handler", (_Handler,), {"service": found})
     try:
-        made = ThreadingHTTPServer((spec.host, spec.port), handler)
+        made = _Server((spec.host, spec.port), handler)
     except OSError as error:
         what = f"{spec.host}:{spec.port} cannot be listened on: {error.strerror or error}"
         raise RecipeError(what, where="--port", fix="use another --port or --host") from error

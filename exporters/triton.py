@@ -62,7 +62,8 @@ def repository(folder: Path, out: Path | None, options: Options, *, force: bool 
     Raises RecipeError where it may not be written or the options do not fit the engine, InputError without an engine.
     """
     path = out or folder / NAME
-    _check(path, force=force)
+    if out is not None or folder.is_dir():
+        _check(path, force=force)
     model = store.load(folder)
     name = _name(folder.resolve().name)
     with workspace.disk_errors(path), tempfile.TemporaryDirectory(prefix=".paredown-", dir=path.parent) as made:

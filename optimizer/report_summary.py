@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from . import report_format as fmt
 from .report_value import Interval, Report, interval, is_fraction, number, rows, text, weights
-from .verdict import EQUAL_WITHIN, condition, doubt, is_bench, peer
+from .verdict import EQUAL_WITHIN, condition, doubt, is_bench, over_processes, peer
 
 LONG_MODES = {
     "decoded": "decoded to floats at load",
@@ -217,7 +217,7 @@ def _latency_line(pair: Pair, percentile: str) -> Line:
         before_note=fmt.span(interval(pair.baseline, "ci95")) if is_median else "",
         after_note=fmt.span(interval(after, "ci95")) if is_median else "",
         change=fmt.DASH if ratio is None else f"{fmt.times(ratio)} the time",
-        change_note=fmt.span(ends),
+        change_note=fmt.span(ends) + (", of least latencies" if over_processes(after) else ""),
         tone=_trusted(pair, _ratio_tone(ends)),
     )
 

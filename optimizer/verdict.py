@@ -139,10 +139,23 @@ def speed(bench: Sequence[Report], reason: str = "") -> str:
     """
     found = comparisons(bench)
     if not found:
-        return "Speed was not measured."
+        return _alone(bench)
     names = list(dict.fromkeys(item.artifact for item in found))
     told = [_sentence([item for item in found if item.artifact == name], reason) for name in names]
     return "\n".join([*told, *rivals(bench)])
+
+
+def over_processes(row: Report) -> bool:
+    """Return whether the ratio of a row is that of least latencies, and not of medians."""
+    return text(row, "details", "interval").startswith("over")
+
+
+def _alone(bench: Sequence[Report]) -> str:
+    """Return what is known where nothing stands beside the first artifact."""
+    if not bench or (p50 := number(bench[0], "latency_ms_p50")) is None:
+        return "Speed was not measured."
+    name, where = text(bench[0], "artifact"), condition(bench[0])
+    return f"{name} takes {p50:.4g} ms (p50) at {where}; no other file was measured beside it."
 
 
 def headline(report: Report) -> str:

@@ -86,7 +86,8 @@ def test_slowest_artifact_comes_first() -> None:
 
 
 def test_one_artifact_has_no_verdict() -> None:
-    assert compare.verdict([BASE]) == "Speed was not measured."
+    alone = "dense.onnx takes 10 ms (p50) at batch 1, 1 thread; no other file was measured beside it."
+    assert compare.verdict([BASE]) == alone
     assert compare.verdict([]) == "Speed was not measured."
 
 
@@ -182,4 +183,21 @@ def test_energy_and_real_time_are_said_below_the_table() -> None:
     assert compare.notes([BASE, _row(0.5, energy_j=0.0123, details=details | stream)]) == [
         "small.onnx takes 0.041 of a frame of 8 ms, 1.1 at p99, and misses 1.2 % of its deadlines.",
         "small.onnx takes 12.3 mJ per sample above idle at batch 1 (ina3221: 6.25 W, idle 4 W).",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missed", "said"),
+    [(0.0, "none"), (0.0125, "1.2 %"), (0.0996, "9.96 %"), (0.5, "50 %"), (0.998, "99.8 %"), (1.0, "all")],
+)
+def test_missed_deadlines_are_said_in_plain_numbers_with_the_batch(missed: float, said: str) -> None:
+    stream = {
+        "frame_ms": 8.0,
+        "real_time_factor_p50": 1.2,
+        "real_time_factor_p99": 1.8,
+        "missed_deadline_share": missed,
+    }
+    row = replace(_row(0.5, details=stream), batch=4)
+    assert compare.notes([BASE, row]) == [
+        f"small.onnx at batch 4 takes 1.2 of a frame of 8 ms, 1.8 at p99, and misses {said} of its deadlines."
     ]

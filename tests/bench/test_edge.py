@@ -77,6 +77,14 @@ def test_all_artifacts_see_the_same_seeded_feeds(world: World) -> None:
     assert set(np.unique(first["a.onnx"])) == {0, 1}
 
 
+def test_a_misspelt_dimension_is_an_error_and_not_another_size(world: World) -> None:
+    path = world.add("a.onnx", lambda _: 0.01, [InputSpec(name="ids", dtype="int64", shape=("batch", "time"))])
+    with pytest.raises(RecipeError, match=r'^bench dims: the model has no dimension "tmie"; did you mean "time"\?$'):
+        edge.run([path], _spec(dims={"tmie": 7}), world.open)
+    fixed = world.add("b.onnx", lambda _: 0.01, [InputSpec(name="ids", dtype="int64", shape=("batch", 7))])
+    edge.run([fixed], _spec(dims={"time": 7}), world.open)  # as beside a file whose size may vary
+
+
 def test_given_feeds_are_used(world: World) -> None:
     images = np.ones((64, 3, 8, 8), np.float32)
     spec = _spec(batch=(2,), feeds=lambda batch: {"x": images[:batch], "unused": images})
@@ -212,7 +220,7 @@ def test_a_function_that_no_process_can_import_is_named(world: World) -> None:
     ("changes", "says"),
     [
         ({"processes": 0}, "processes=0 is out of range; use 1 or more"),
-        ({"between_runs": -0.1}, "between_runs=-0.1 is out of range; use a number above 0"),
+        ({"between_runs": -0.1}, "between_runs=-0.1 is out of range; use 0 or more"),
         (
             {"half_width": 0.01},
             r"half_width=0.01 is out of reach: two runs differ by 0.0140 .*; raise it, or lower",

@@ -6,6 +6,8 @@ import http.client
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -243,3 +245,12 @@ def test_the_command_serves_and_ends(folder: Path) -> None:
         assert Client(port).infer({"inputs": [tensor(X1, data=[0] * 4)]})[0] == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_a_client_that_leaves_early_leaves_no_traceback(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for client in started(folder, serve.Spec(port=0)):
+        with socket.create_connection(("127.0.0.1", client.port)) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+            gone.sendall(b"POST /v2/models/my_net/infer HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{")
+        assert client.ask("GET", "/v2/health/live")[0] == 200
+    assert capfd.readouterr().err == ""

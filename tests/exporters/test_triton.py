@@ -83,6 +83,11 @@ def test_the_page_says_how_to_serve_ask_and_measure(folder: Path) -> None:
     assert "$" not in page.replace("$TRITON_IMAGE", "").replace("$PWD", "")
 
 
+def test_a_folder_that_is_absent_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r'absent" is not an output folder'):
+        targets.export(tmp_path / "absent", "triton", None, force=False)
+
+
 def test_nothing_of_others_is_replaced(folder: Path) -> None:
     made = targets.export(folder, "triton", None, force=False)
     with pytest.raises(RecipeError, match='"model_repository" exists already; use --force'):
