@@ -30,7 +30,10 @@ MIN_ROUNDS = 5
 """Below this many rounds no interval is given: resampling four numbers says nothing about a 95 % range."""
 
 BETWEEN = 0.005
-"""Relative standard deviation of a ratio from one benchmark to another of the same pair, beside what processes show."""
+"""Relative standard deviation of a ratio from one benchmark to another of the same pair, beside what processes show.
+
+Two tens on a shared virtual machine had 0.26 and 0.37 %, a series beside a program that copied memory half of the time
+0.42 %."""
 
 HALVES = 0.98
 """With 0.95, and processes added until the interval is narrow, 93 to 96 % of simulated repetitions lay in it; with this
