@@ -1,7 +1,7 @@
 """Time the low-bit kernels beside onnxruntime's own operators, in one process: `python -m paredown.bench.kernels`.
 
     --quick     4096 x 4096, one thread, a few batch sizes
-    --out DIR   where kernels.json goes (default: bench/results)
+    --out DIR   where kernels.json goes; without it nothing is written
 
 A layer is one ONNX node in a session. Every row alternates with the others of its cell (`measure.sample`); GB/s is the
 bytes of codes and scales over the best time, beside what this machine reads in the same run from a buffer of that size

@@ -92,7 +92,7 @@ def _interval(name: str) -> str:
         f"One pair (ResNet-56, original and int8) benchmarked {document['times']} times within minutes: the first run "
         f"gave {ratios[0]:.4f} ({low:.4f} to {high:.4f}, half-width {100 * pair['half_width_first']:.1f} %), and "
         f"{pair['inside_first']} of {document['times']} ratios, {min(ratios):.4f} to {max(ratios):.4f}, lie in it; "
-        f"{drifted} runs were marked as drifted. The interval of a run holds the ratio of another in "
+        f"runs marked as drifted: {drifted}. The interval of a run holds the ratio of another in "
         f"{100 * pair['inside_any']:.0f} % of all pairs. `python tests/real/serving.py intervals`.\n"
     )
 
