@@ -81,7 +81,7 @@ def half_width(least: NDArray[np.float64], between: float) -> float:
     chosen = _halves(len(least))
     ratios = [np.subtract(*_least_of(least, part).T) for part in (chosen, ~chosen)]
     apart = float(np.quantile(np.abs(ratios[0] - ratios[1]), HALVES))
-    return math.expm1(math.hypot(apart, math.log1p(unseen(between))))
+    return _with_unseen(apart, between)
 
 
 @functools.cache
@@ -107,6 +107,11 @@ def unseen(between: float) -> float:
     return math.expm1(float(ndtri(0.975)) * math.sqrt(2) * between)
 
 
+def _with_unseen(seen: float, between: float) -> float:
+    """Return a relative half-width of what processes show, `seen` in logarithms, and of what they do not."""
+    return math.expm1(math.hypot(seen, math.log1p(unseen(between))))
+
+
 def process_interval(centre: float, logs: NDArray[np.float64], between: float) -> Interval | None:
     """Return the interval around `centre`, a value whose logarithm in each process is `logs`; None for too few.
 
@@ -118,7 +123,7 @@ def process_interval(centre: float, logs: NDArray[np.float64], between: float) -
     if count < MIN_PROCESSES:
         return None
     spread = float(stdtrit(count - 1, 0.975)) * float(np.std(logs, ddof=1)) * math.sqrt(2 / count)
-    reach = math.expm1(math.hypot(spread, math.log1p(unseen(between))))
+    reach = _with_unseen(spread, between)
     return centre / (1 + reach), centre * (1 + reach)
 
 

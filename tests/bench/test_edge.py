@@ -171,7 +171,7 @@ def test_peak_memory_is_null_where_the_child_cannot_open() -> None:
 # --- processes
 
 
-def test_a_ratio_is_the_mean_over_sessions_and_its_interval_covers_their_luck(world: World) -> None:
+def test_the_interval_of_a_ratio_over_sessions_covers_their_luck(world: World) -> None:
     """Each session draws its own luck of 3 %: one session alone would print an interval that misses 0.4."""
     luck = {"factor": 1.0}
     rng = np.random.default_rng(0)
