@@ -1,8 +1,8 @@
 """Decide how TensorRT holds each weight of a model, by the bytes of the engine.
 
 A form is kept where the engine gets smaller by it: its constants, and what it costs besides. Convolutions are never
-held in fewer than 8 bits, and recurrent operators and transposed convolutions take floats only. Speed is not judged
-here: it needs the device.
+held in fewer than 8 bits, and recurrent operators and transposed convolutions take floats only. Speed needs the device:
+`tensorrt_write.best` times whole engines where there is one.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -15,7 +15,15 @@ from ..optimizer import activations
 from ..optimizer.artifact import mark
 from ..optimizer.model import Model
 from ..optimizer.workspace import file_sha256
-from . import tensorrt_build, tensorrt_engine, tensorrt_plugin, tensorrt_profile, tensorrt_rounding
+from . import (
+    tensorrt_build,
+    tensorrt_engine,
+    tensorrt_library,
+    tensorrt_plugin,
+    tensorrt_profile,
+    tensorrt_rounding,
+    tensorrt_time,
+)
 from .tensorrt_build import Built
 from .tensorrt_graph import GraphOptions, Lowered, lower
 from .tensorrt_library import Library
@@ -51,7 +59,12 @@ def write(model: Model, path: Path, order: Order) -> None:
     )
     how, measured = tensorrt_rounding.settle(model, how)
     name = tensorrt_engine.onnx_path(path).name
-    lowered, built = smallest(model, how, lambda found, place: _built(model, order, found, order.folder / place / name))
+    lowered, built = best(
+        model,
+        how,
+        lambda found, place: _built(model, order, found, order.folder / place / name),
+        _better(model, order),
+    )
     lowered = dataclasses.replace(lowered, decisions=(*lowered.decisions, *measured))
     graph = tensorrt_engine.onnx_path(made)
     save(lowered.proto, graph)
@@ -61,10 +74,18 @@ def write(model: Model, path: Path, order: Order) -> None:
     _put(order, path, built)
 
 
-def smallest(model: Model, how: GraphOptions, build: Callable[[Lowered, str], Built]) -> tuple[Lowered, Built]:
+Pair: TypeAlias = tuple[Lowered, Built]
+Better: TypeAlias = Callable[[Pair, Pair], tuple[int | None, str]]
+"""Says which of two runs faster, None where that is not known, and a sentence on it."""
+
+
+def best(
+    model: Model, how: GraphOptions, build: Callable[[Lowered, str], Built], better: Better | None = None
+) -> tuple[Lowered, Built]:
     """Return the graph and its engine, built with packed weights and with floats where `how` asks for the smallest.
 
-    build: makes an engine, in a place of that name.
+    build: makes an engine, in a place of that name. better: where engines can run; the faster is returned then, the
+    smaller where none is clearly faster.
     """
     lowered = lower(model, how)
     built = build(lowered, "packed")
@@ -75,8 +96,10 @@ def smallest(model: Model, how: GraphOptions, build: Callable[[Lowered, str], Bu
     floats = lower(model, dataclasses.replace(how, forms="floats"))
     other = build(floats, "floats")
     sizes = built.engine.stat().st_size, other.engine.stat().st_size
+    faster, timed = better((lowered, built), (floats, other)) if better else (None, "")
     both = f"built both ways, the engine takes {sizes[0]} bytes with packed weights, {sizes[1]} with floats"
-    if sizes[1] < sizes[0]:
+    both = f"{both}; {timed}" if timed else both
+    if faster == 1 or (faster is None and sizes[1] < sizes[0]):
         told = [dataclasses.replace(one, reason=both) if one.layer in packed else one for one in floats.decisions]
         return dataclasses.replace(floats, decisions=tuple(told)), other
     told = [
@@ -84,6 +107,19 @@ def smallest(model: Model, how: GraphOptions, build: Callable[[Lowered, str], Bu
         for one in lowered.decisions
     ]
     return dataclasses.replace(lowered, decisions=tuple(told)), built
+
+
+def _better(model: Model, order: Order) -> Better | None:
+    """Return what times engines of an order, None where they do not run here."""
+    here = tensorrt_library.capability()
+    if not here or (order.sm and here not in order.sm):
+        return None
+    judge = tensorrt_time.Judge(capability=here, inputs=model.inputs, sizes=order.sizes)
+
+    def better(first: Pair, second: Pair) -> tuple[int | None, str]:
+        return judge.judge([(pair[1].engine.read_bytes(), _described(model, order, pair)) for pair in (first, second)])
+
+    return better
 
 
 def _built(model: Model, order: Order, lowered: Lowered, graph: Path) -> Built:
@@ -115,9 +151,21 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
         ir.save(ir.from_proto(proto), path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
 
 
-def _metadata(model: Model, made: Path, order: Order, results: tuple[Lowered, Built]) -> tensorrt_engine.Metadata:
+def _metadata(model: Model, made: Path, order: Order, results: Pair) -> tensorrt_engine.Metadata:
+    cache, written = order.options.timing_cache, results[1].timing_cache
+    return dataclasses.replace(
+        _described(model, order, results),
+        size_bytes=made.stat().st_size,
+        onnx_sha256=mark(tensorrt_engine.onnx_path(made)),
+        engine_sha256=file_sha256(made),
+        timing_cache_read_sha256=file_sha256(cache) if cache and cache.is_file() else None,
+        timing_cache_sha256=file_sha256(written) if written else None,
+    )
+
+
+def _described(model: Model, order: Order, results: Pair) -> tensorrt_engine.Metadata:
+    """Return the metadata of an engine without what is said of its files."""
     (lowered, built), options = results, order.options
-    cache = options.timing_cache
     return tensorrt_engine.Metadata(
         library=order.library.name,
         version=order.library.version,
@@ -130,11 +178,9 @@ def _metadata(model: Model, made: Path, order: Order, results: tuple[Lowered, Bu
         inputs=[{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in model.inputs],
         outputs=[value.name for value in lowered.proto.graph.output],
         layers=built.layers,
-        size_bytes=made.stat().st_size,
-        onnx_sha256=mark(tensorrt_engine.onnx_path(made)),
-        engine_sha256=file_sha256(made),
-        timing_cache_read_sha256=file_sha256(cache) if cache and cache.is_file() else None,
-        timing_cache_sha256=file_sha256(built.timing_cache) if built.timing_cache else None,
+        size_bytes=0,
+        onnx_sha256="",
+        engine_sha256="",
         decisions=[dataclasses.asdict(decision) for decision in lowered.decisions],
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paredown.exporters import onnx as target
+from paredown.exporters import tensorrt_engine, tensorrt_library
 from paredown.optimizer.model import InputSpec, Model, Source, from_module
 from paredown.optimizer.weight import Codebook, Dense, LowRank, Sum, Uniform, Weight
 
@@ -169,6 +172,17 @@ NETS: dict[str, Callable[[], Model]] = {
     "product convolutions": lambda: pack_products(build(Convolutions, IMAGE)),
     "dense": lambda: build(Attention, TOKENS),
 }
+
+
+def use_standin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the stand-in where `tensorrt` is imported from, here and in the building process, and a GPU of 8.7 beside."""
+    shutil.copy(Path(__file__).with_name("standin_tensorrt.py"), folder / "tensorrt.py")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(tensorrt_library, "capability", lambda: "8.7")
+    here = tensorrt_engine.Place(device=torch.device("cpu"), stream=None)
+    monkeypatch.setattr(tensorrt_engine, "place", lambda: here)
+    sys.modules.pop("tensorrt", None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

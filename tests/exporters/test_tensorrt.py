@@ -47,7 +47,7 @@ from paredown.optimizer.model import InputSpec, Model
 from paredown.optimizer.weight import Dense
 
 from ..optimizer.tiny import listing, optimize, project
-from .conftest import NETS, ROWS, Perceptron, build, pack_all
+from .conftest import NETS, ROWS, Perceptron, build, pack_all, use_standin
 from .pages import WRITE, is_current
 
 RTX = Library(name="rtx", version="any")
@@ -90,16 +90,9 @@ def lowered_once(model: Any, options: Any) -> tensorrt_write.Lowered:
 
 @pytest.fixture
 def standin(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Put the stand-in where `tensorrt` is imported from, here and in the building process, and a GPU of 8.7 beside."""
-    folder = tmp_path_factory.mktemp("standin")
-    shutil.copy(Path(__file__).with_name("standin_tensorrt.py"), folder / "tensorrt.py")
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setattr(tensorrt_library, "capability", lambda: "8.7")
+    """The stand-in, and each model lowered once."""
+    use_standin(tmp_path_factory.mktemp("standin"), monkeypatch)
     monkeypatch.setattr(tensorrt_write, "lower", lowered_once)
-    here = tensorrt_engine.Place(device=torch.device("cpu"), stream=None)
-    monkeypatch.setattr(tensorrt_engine, "place", lambda: here)
-    sys.modules.pop("tensorrt", None)
     yield
     sys.modules.pop("tensorrt", None)
 

@@ -31,7 +31,7 @@ from paredown.exporters.difference import difference
 from paredown.exporters.tensorrt_build import Built
 from paredown.exporters.tensorrt_graph import GraphOptions, Lowered, lower
 from paredown.exporters.tensorrt_integer import symmetric
-from paredown.exporters.tensorrt_write import save, smallest
+from paredown.exporters.tensorrt_write import best, save
 from paredown.optimizer import data, planning, quantize, recipe
 from paredown.optimizer.codes import Format
 from paredown.optimizer.data import Calibration
@@ -173,7 +173,7 @@ def _built(model: Model, options: GraphOptions) -> dict[str, Any]:
     start = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            lowered, built = smallest(model, options, lambda found, name: _engine(model, found, Path(folder) / name))
+            lowered, built = best(model, options, lambda found, name: _engine(model, found, Path(folder) / name))
             return {**_row(lowered, built), "seconds": round(time.monotonic() - start, 1)}
     except Error as error:
         return {"engine_bytes": None, "error": str(error)}

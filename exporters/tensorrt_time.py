@@ -1,0 +1,98 @@
+"""Which of two engines of one network runs faster on the GPU that is here.
+
+Both stay loaded and take turns, inputs and outputs in the GPU's memory, so that what else runs there meets both. One is
+faster where it was so in nearly every round, and by enough to be worth its bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..optimizer.artifact import hide_nothing
+from ..optimizer.errors import Error
+from ..optimizer.model import InputSpec
+from . import tensorrt_engine
+from .tensorrt_engine import Metadata
+from .tensorrt_profile import Sizes
+
+ROUNDS = 20
+SURE = 17
+"""Rounds that one engine has to win: of two equal ones, 3 in 1000 pairs have one that does (sign test, two-sided)."""
+WORTH = 1.02
+"""How many times longer the other engine has to take: what differs by less is chosen by bytes."""
+ROUND_SECONDS = 0.02
+"""What the runs of one engine in one round take at least."""
+
+
+class Timed(Protocol):
+    def seconds(self, feeds: dict[str, np.ndarray], runs: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Median milliseconds of a run of each of two engines, and the rounds that the first won."""
+
+    milliseconds: tuple[float, float]
+    wins: int
+
+    @property
+    def faster(self) -> int | None:
+        """The engine that is faster, 0 or 1; None where that is not clear."""
+        first, second = self.milliseconds
+        if self.wins >= SURE and second >= WORTH * first:
+            return 0
+        return 1 if ROUNDS - self.wins >= SURE and first >= WORTH * second else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """How engines are compared: on a GPU of this compute capability, at the usual sizes of a profile."""
+
+    capability: str
+    inputs: Sequence[InputSpec]
+    sizes: Mapping[str, Sizes]
+
+    def judge(self, engines: Sequence[tuple[bytes, Metadata]]) -> tuple[int | None, str]:
+        """Return which of two engines is faster, None where that is not known, and a sentence on it."""
+        try:
+            runners = [tensorrt_engine.open_plan(content, metadata) for content, metadata in engines]
+            times = compare((runners[0], runners[1]), self._feeds())
+        except (Error, torch.OutOfMemoryError) as error:
+            return None, f"not timed: {getattr(error, 'what', error)}"
+        usual = ", ".join(f"{name}={known.usual}" for name, known in self.sizes.items())
+        first, second = (f"{value:.4g}" for value in times.milliseconds)
+        clear = "" if times.faster is not None else ", which is no clear difference"
+        at = f" at {usual}" if usual else ""
+        return times.faster, f"a run{at} takes {first} ms and {second} ms on this GPU ({self.capability}){clear}"
+
+    def _feeds(self) -> dict[str, np.ndarray]:
+        generator = torch.Generator().manual_seed(0)
+        sizes = {name: known.usual for name, known in self.sizes.items()}
+        examples = hide_nothing(self.inputs, tuple(known.example(sizes, generator) for known in self.inputs))
+        return {spec.name: x.numpy(force=True) for spec, x in zip(self.inputs, examples, strict=True)}
+
+
+def compare(engines: tuple[Timed, Timed], feeds: dict[str, np.ndarray]) -> Times:
+    """Measure two engines in turns, ROUNDS rounds after one that does not count."""
+    runs = [math.ceil(ROUND_SECONDS / max(engine.seconds(feeds, 1), 1e-9)) for engine in engines]
+    warm = [engine.seconds(feeds, count) for engine, count in zip(engines, runs, strict=True)]
+    runs = [math.ceil(ROUND_SECONDS / max(seconds, 1e-9)) for seconds in warm]
+    rounds = [_round(engines, feeds, runs, first=index % 2) for index in range(ROUNDS)]
+    halves = tuple(1e3 * median(pair[i] for pair in rounds) for i in (0, 1))
+    return Times(milliseconds=(halves[0], halves[1]), wins=sum(a < b for a, b in rounds))
+
+
+def _round(
+    engines: tuple[Timed, Timed], feeds: dict[str, np.ndarray], runs: Sequence[int], *, first: int
+) -> tuple[float, float]:
+    found = [0.0, 0.0]
+    for index in (first, 1 - first):
+        found[index] = engines[index].seconds(feeds, runs[index])
+    return found[0], found[1]

@@ -1,0 +1,157 @@
+"""Engines are timed where a GPU is: which one is faster, what follows for the weights, and when nothing is timed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from paredown.exporters import tensorrt, tensorrt_engine, tensorrt_library, tensorrt_time, tensorrt_write
+from paredown.exporters.tensorrt_library import Library
+from paredown.exporters.tensorrt_profile import Sizes
+from paredown.exporters.tensorrt_time import ROUNDS, SURE, WORTH, Times
+from paredown.exporters.tensorrt_write import Order
+from paredown.optimizer.errors import RuntimeMissingError
+from paredown.optimizer.model import InputSpec, Model
+
+from .conftest import build, pack_all, use_standin
+
+SIZE = 640
+"""Inputs and outputs of a layer whose codes of 4 bits make an engine smaller by more than decoding costs it."""
+SIZES = {"batch": Sizes(1, 4, 8)}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    inputs = InputSpec(name="x", shape=("batch", SIZE))
+    return pack_all(build(lambda: nn.Sequential(nn.Linear(SIZE, SIZE)), inputs), ("codebook 4",))
+
+
+@pytest.fixture
+def standin(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_standin(tmp_path_factory.mktemp("standin"), monkeypatch)
+    yield
+    sys.modules.pop("tensorrt", None)
+
+
+@dataclass
+class Clock:
+    """An engine whose runs take some time, give or take a share of it that a generator draws."""
+
+    usual: float
+    share: float
+    draw: np.random.Generator
+    asked: list[int] = field(default_factory=list)
+
+    def seconds(self, feeds: dict[str, np.ndarray], runs: int) -> float:
+        self.asked.append(runs)
+        return self.usual * float(1 + self.share * self.draw.standard_normal())
+
+
+def exported(model: Model, folder: Path) -> str:
+    """Export, and return why its one layer is held as it is, after how it is."""
+    tensorrt.export(model, folder / "model.engine", tensorrt.Options(profile=SIZES))
+    (row,) = tensorrt.decisions(folder / "model.engine")
+    return f"{row['form']}, {'kept' if row['kept'] else 'fallback'}: {row['reason']}"
+
+
+@given(ratio=st.floats(1.05, 3.0), turned=st.booleans(), seed=st.integers(0, 1 << 20))
+def test_an_engine_that_is_clearly_faster_is_found(ratio: float, turned: bool, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    times = (1e-3 * ratio, 1e-3) if turned else (1e-3, 1e-3 * ratio)
+    engines = Clock(times[0], 0.003, draw), Clock(times[1], 0.003, draw)
+    found = tensorrt_time.compare(engines, {})
+    assert found.faster == int(turned)
+    assert found.milliseconds[1] / found.milliseconds[0] == pytest.approx(times[1] / times[0], rel=0.02)
+    for clock in engines:
+        assert all(0.019 <= runs * clock.usual <= 0.021 + clock.usual for runs in clock.asked[2:])  # 20 ms a round
+
+
+def test_equal_engines_are_hardly_ever_told_apart() -> None:
+    draw = np.random.default_rng(0)
+    found = [tensorrt_time.compare((Clock(1e-3, 0.2, draw), Clock(1e-3, 0.2, draw)), {}) for _ in range(500)]
+    assert sum(times.faster is not None for times in found) <= 5  # 0.0026 of them by the binomial distribution
+
+
+@pytest.mark.parametrize(
+    ("second", "wins", "faster"),
+    [
+        (WORTH, ROUNDS, 0),
+        (WORTH, SURE, 0),
+        (WORTH, SURE - 1, None),
+        (WORTH - 0.001, ROUNDS, None),
+        (1 / WORTH - 0.001, 0, 1),
+        (1 / WORTH - 0.001, ROUNDS - SURE + 1, None),
+    ],
+)
+def test_faster_is_what_wins_the_rounds_by_enough(second: float, wins: int, faster: int | None) -> None:
+    assert Times(milliseconds=(1.0, second), wins=wins).faster == faster
+
+
+@pytest.mark.parametrize(
+    ("times", "starts", "ends"),
+    [
+        (Times(milliseconds=(1.0, 2.0), wins=ROUNDS), "codebook 4", "takes 1 ms and 2 ms on this GPU (8.7)"),
+        (Times(milliseconds=(2.0, 1.0), wins=0), "dense", "takes 2 ms and 1 ms on this GPU (8.7)"),
+        (Times(milliseconds=(1.0, 1.0), wins=9), "codebook 4", "on this GPU (8.7), which is no clear difference"),
+    ],
+)
+def test_the_faster_engine_is_taken_and_else_the_smaller(
+    times: Times, starts: str, ends: str, standin: None, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_time, "compare", lambda engines, feeds: times)
+    reason = exported(model, tmp_path)
+    assert reason.startswith(starts)
+    assert "built both ways, the engine takes " in reason
+    assert "; a run at batch=4 takes " in reason
+    assert reason.endswith(ends)
+
+
+def test_engines_are_timed_where_they_run(standin: None, model: Model, tmp_path: Path) -> None:
+    reason = exported(model, tmp_path)
+    assert "; a run at batch=4 takes " in reason
+    assert " ms on this GPU (8.7)" in reason
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeMissingError("torch uses no GPU here", fix="install another"), "torch uses no GPU here"),
+        (torch.OutOfMemoryError("no room on the GPU"), "no room on the GPU"),
+    ],
+)
+def test_bytes_decide_where_engines_cannot_be_timed(
+    error: Exception, says: str, standin: None, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> tensorrt_engine.Place:
+        raise error
+
+    monkeypatch.setattr(tensorrt_engine, "place", fails)
+    reason = exported(model, tmp_path)
+    assert reason.startswith("codebook 4, kept: ")
+    assert reason.endswith(f"; not timed: {says}")
+
+
+@pytest.mark.parametrize(("here", "sm", "is_timed"), [("8.7", ("8.6",), False), ("", (), False), ("8.7", (), True)])
+def test_an_engine_for_another_gpu_is_not_timed(
+    here: str, sm: tuple[str, ...], is_timed: bool, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_library, "capability", lambda: here)
+    rtx = Library(name="rtx", version="any")
+    order = Order(library=rtx, options=tensorrt.Options(), sizes=SIZES, sm=sm, folder=tmp_path)
+    assert (tensorrt_write._better(model, order) is not None) == is_timed
+
+
+@pytest.mark.tensorrt
+def test_real_engines_are_timed(model: Model, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt", reason="the full TensorRT is not installed: engines are not run")
+    here = tensorrt_library.capability() or pytest.skip("there is no GPU: engines are not run")
+    assert f" ms on this GPU ({here})" in exported(model, tmp_path)
