@@ -112,8 +112,7 @@ Work cut_work(const Isa &isa, const Linear &linear) {
 }
 
 int64_t widest_tile(const Isa &isa, const Linear &linear) {
-  const bool narrow = linear.call->mode == PAREDOWN_EXACT && !linear.weight.identity && linear.weight.given.bits <= 4;
-  return narrow ? isa.narrow_tile : isa.tile[linear.call->mode];
+  return may_decode_by_tile(linear.call->mode, bits_of(linear.weight)) ? isa.narrow_tile : isa.tile[linear.call->mode];
 }
 
 void pack_inputs(const Isa &isa, Linear &linear, const Scratch &scratch) {

@@ -60,6 +60,12 @@ namespace {
 /* The first token of a tile; of one past the last, the number of tokens. */
 inline int64_t tile_start(const Tiles &tiles, int64_t tile) { return tile * tiles.width + min_of(tile, tiles.wide); }
 
+/* The width of the codes, 0 for 8 bits without a table. */
+inline int bits_of(const Weight &weight) { return weight.identity ? 0 : weight.given.bits; }
+
+/* Whether a product may decode its weight anew for each tile of tokens: in exact mode, and cheap enough. */
+inline bool may_decode_by_tile(int mode, int bits) { return mode == PAREDOWN_EXACT && bits >= 1 && bits <= 4; }
+
 /* Inputs of one group: the last may be short. */
 inline int64_t group_inputs(const Weight &weight, int64_t group) {
   return min_of(weight.group, weight.given.k - group * weight.group);
@@ -92,7 +98,7 @@ struct Convolution {
 struct Isa {
   const char *name;
   int32_t tile[2];         /* the widest tile, by mode */
-  int32_t narrow_tile;     /* the widest in exact mode where codes have 1 to 4 bits */
+  int32_t narrow_tile;     /* the widest where may_decode_by_tile */
   int32_t tokens;  /* the most that one call of `multiply` takes */
   /* Pack tiles [first, last) of the activations, and of the low-rank ones. */
   void (*pack)(const Linear &linear, int64_t first, int64_t last);

@@ -43,7 +43,6 @@ using I = Simd::I;
 using F = Simd::F;
 using Operand = Simd::Operand;
 
-inline int bits_of(const Weight &weight) { return weight.identity ? 0 : weight.given.bits; }
 constexpr int units_of(int bits) { return bits == 0 ? 8 : bits; }
 
 inline int64_t scale_bytes(int32_t type) { return type == PAREDOWN_F32 ? 4 : 2; }
@@ -414,7 +413,7 @@ void buffered_exact(const Weight &weight, const Packed &packed, int64_t block, c
 #ifdef PAREDOWN_EXACT_TILE
 /* 1024 x 1024, 4 bits, 8 and 16 tokens: 148 and 297 us, from a buffer 190 and 340; pairs of blocks spill (Zen 4). */
 constexpr int exact_tile = PAREDOWN_EXACT_TILE;
-inline bool exact_by_tile(int mode, int bits) { return mode == PAREDOWN_EXACT && bits >= 1 && bits <= 4; }
+inline bool exact_by_tile(int mode, int bits) { return may_decode_by_tile(mode, bits); }
 #else
 constexpr int exact_tile = Simd::direct;
 inline bool exact_by_tile(int, int) { return false; }
