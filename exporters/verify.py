@@ -1,7 +1,8 @@
 """Prove an exported file equal to the model, and name the first layer that is not.
 
 The truth is `model.module()` in torch; the file runs through a `Runner`. Every output is compared at two batch sizes,
-so that a size that the trace has baked in is seen.
+so that a size that the trace has baked in is seen. The weights in an ONNX file are compared too, byte by byte: outputs
+within a tolerance do not see a few wrong codes.
 
 Where inputs are rounded at run time, two correct evaluations differ: a value near the middle of two codes falls to
 either side by the last bit of a sum, and what it moves makes others fall. How far, the network itself tells: torch is
@@ -24,7 +25,7 @@ from ..optimizer import activations
 from ..optimizer.errors import ExportError, InputError, RecipeError
 from ..optimizer.model import Model
 from ..optimizer.weight import Dense
-from . import onnx_integer
+from . import onnx_integer, onnx_stored
 from .difference import argmax_agreement, difference
 from .onnx_layers import Search, first_bad_layer
 from .runner import Open, Runner, RunnerOptions
@@ -87,6 +88,7 @@ class Row:
     limit: what `rel` must not exceed.
     agreement_limit: what the agreement must reach, None with float activations or too few rows to tell.
     float_operators: what computes in float between int8 layers.
+    weights_equal: tensors of an ONNX file that are the model's to the bit. weights_wrong: bytes of one that are not.
     """
 
     runtime: str
@@ -99,6 +101,8 @@ class Row:
     limit: float
     agreement_limit: float | None = None
     float_operators: tuple[str, ...] = ()
+    weights_equal: int = 0
+    weights_wrong: str = ""
 
 
 def verify(model: Model, path: Path, open_: Open, spec: Spec | None = None) -> list[Row]:
@@ -127,6 +131,9 @@ def judge(rows: Sequence[Row], path: Path) -> None:
                 where=f"{path.name} in {row.runtime}",
                 fix="give activations more range, or leave them float",
             )
+    if rows and rows[0].weights_wrong:
+        what = f"{rows[0].weights_wrong} are not those of the stored model"
+        raise ExportError(what, where=path.name, fix="the file was changed since: export it again")
 
 
 def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
@@ -136,7 +143,9 @@ def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
     nudged = _nudged(model.module(), spec.seed) if _rounds(model) and spec.rel is None else None
     graph = spec.graph or (Graph(path=path, open_=open_) if path.suffix == ".onnx" else None)
     rows: list[Row] = []
-    floats = onnx_integer.check(path, activations.layers(model)).floats if model.acts and path.suffix == ".onnx" else ()
+    is_onnx = path.suffix == ".onnx"
+    floats = onnx_integer.check(path, activations.layers(model)).floats if model.acts and is_onnx else ()
+    stored = onnx_stored.compare(path, model) if is_onnx else onnx_stored.Stored()
     for batch in _batches(model, spec):
         inputs = _inputs(model, spec, batch)
         want = _outputs(module, inputs)
@@ -156,7 +165,7 @@ def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:
                 at_once=graph.at_once,
             )
             row = replace(row, first_bad_layer=first_bad_layer(model, graph.path, search))
-        rows.append(replace(row, float_operators=floats))
+        rows.append(replace(row, float_operators=floats, weights_equal=stored.equal, weights_wrong=stored.wrong))
     return rows
 
 

@@ -121,7 +121,10 @@ def verify(folder: Path, runtime: str, *, kernels: bool = True) -> list[str]:
     else:
         model, spec = module.comparison(path, model)
     rows = comparison.verify(model, path, module.open, spec)
-    return [
+    lines = [
         f"{row.runtime} batch {row.batch}: relative {row.rel:.1e}, max {row.max_abs:.1e}, first bad layer: none"
         for row in rows
     ]
+    if equal := max(row.weights_equal for row in rows):
+        lines.append(f"{equal} tensors of {path.name} are those of the stored model to the bit")
+    return lines
