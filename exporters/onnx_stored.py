@@ -119,7 +119,7 @@ def _coded(name: str, weight: Coded, layout: Layout) -> Iterator[_Held]:
 
 
 def _signed(name: str, weight: Coded, layout: Layout) -> Iterator[_Held]:
-    """Yield signed bytes, as QDQ has them."""
+    """Yield signed bytes, their scales and zero points, as QDQ has them."""
     if weight.code_bits != 8 or not isinstance(weight, Uniform):
         return
     codes = (weight.codes.to(torch.int16) - MIDDLE).to(torch.int8)
@@ -128,3 +128,6 @@ def _signed(name: str, weight: Coded, layout: Layout) -> Iterator[_Held]:
     yield _Held(name=f"{name}.t.codes", tensor=codes.T)
     yield _Held(name=f"{name}.scale", tensor=weight.scale.flatten().float())
     yield _Held(name=f"{name}.t.scale", tensor=weight.scale.flatten().float())
+    zeros = torch.zeros(weight.scale.numel(), dtype=torch.int8)
+    yield _Held(name=f"{name}.zero", tensor=zeros)
+    yield _Held(name=f"{name}.t.zero", tensor=zeros)

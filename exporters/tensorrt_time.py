@@ -64,8 +64,9 @@ class Judge:
         try:
             runners = [tensorrt_engine.open_plan(content, metadata) for content, metadata in engines]
             times = compare((runners[0], runners[1]), self._feeds())
-        except (Error, torch.OutOfMemoryError) as error:
-            return None, f"not timed: {getattr(error, 'what', error)}"
+        except (Error, RuntimeError) as error:  # torch says all that CUDA reports by a RuntimeError of several lines
+            what = error.what if isinstance(error, Error) else str(error).partition("\n")[0]
+            return None, f"not timed: {what}"
         usual = ", ".join(f"{name}={known.usual}" for name, known in self.sizes.items())
         first, second = (f"{value:.4g}" for value in times.milliseconds)
         clear = "" if times.faster is not None else ", which is no clear difference"

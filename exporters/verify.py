@@ -45,6 +45,7 @@ LEAST_MOVED_AGREEMENT = 0.9
 LEAST_AGREEMENT = 0.995
 """Part of the rows whose argmax int8 activations must keep, of outputs of `ENOUGH_ROWS` rows or more."""
 ENOUGH_ROWS = 200
+CHANGED, AGAIN = "are not those of the stored model", "the file was changed since: export it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +119,13 @@ def judge(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         if not row.rel <= row.limit:
             where = f", first in {row.first_bad_layer}" if row.first_bad_layer else ""
+            cause = f"; {row.weights_wrong} {CHANGED}" if row.weights_wrong else ""
+            look = "look at that layer: a Python branch on sizes is traced only once, noise differs in each run"
             raise ExportError(
                 f"outputs differ from torch by {row.rel:.1e} of their range at batch {row.batch}, "
-                f"{row.limit:.0e} is allowed{where}",
+                f"{row.limit:.0e} is allowed{where}{cause}",
                 where=f"{path.name} in {row.runtime}",
-                fix="look at that layer: a Python branch on sizes is traced only once, noise differs in each run",
+                fix=AGAIN if cause else look,
             )
         if row.agreement_limit is not None and not (row.argmax_agreement or 0.0) >= row.agreement_limit:
             raise ExportError(
@@ -132,8 +135,7 @@ def judge(rows: Sequence[Row], path: Path) -> None:
                 fix="give activations more range, or leave them float",
             )
     if rows and rows[0].weights_wrong:
-        what = f"{rows[0].weights_wrong} are not those of the stored model"
-        raise ExportError(what, where=path.name, fix="the file was changed since: export it again")
+        raise ExportError(f"{rows[0].weights_wrong} {CHANGED}", where=path.name, fix=AGAIN)
 
 
 def compare(model: Model, path: Path, open_: Open, spec: Spec) -> list[Row]:

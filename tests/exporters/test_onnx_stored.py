@@ -16,6 +16,7 @@ from paredown.exporters import onnx as target
 from paredown.exporters import onnx_stored, verify
 from paredown.optimizer.errors import ExportError
 
+from ..optimizer.int8_nets import int8
 from .conftest import NETS, Exported
 
 
@@ -77,3 +78,24 @@ def test_another_model_is_no_match(exported: Callable[[str], Exported]) -> None:
     bias = next(name for name in made.model.tensors if name.endswith("bias"))
     other = replace(made.model, tensors={**made.model.tensors, bias: made.model.tensors[bias] + 1})
     assert f'of "{bias}"' in onnx_stored.compare(made.path, other).wrong
+
+
+def test_a_changed_weight_is_named_where_outputs_differ(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    made, path = exported("attention"), tmp_path / "changed.onnx"
+    name = next(known.name for known in onnx.load(made.path).graph.initializer if known.name.endswith(".scale"))
+    size = changed(made, name, path)
+    with pytest.raises(ExportError) as refused:
+        verify.verify(made.model, path, target.open, verify.Spec(rel=1e-9))
+    assert refused.value.what.startswith("outputs differ from torch by ")
+    assert refused.value.what.endswith(f'; 1 of the {size} bytes of "{name}" are not those of the stored model')
+    assert refused.value.fix == verify.AGAIN
+
+
+def test_codes_scales_and_zero_points_of_int8_layers_are_compared(tmp_path: Path) -> None:
+    model, whole, path = int8("residual"), tmp_path / "whole.onnx", tmp_path / "changed.onnx"
+    target.export(model, whole)
+    made = Exported(model=model, path=whole)
+    assert onnx_stored.compare(whole, model).wrong == ""
+    for part in ("stem.weight.codes", "stem.weight.scale", "stem.weight.zero", "head.weight.t.zero"):
+        size = changed(made, part, path)
+        assert onnx_stored.compare(path, model).wrong == f'1 of the {size} bytes of "{part}"'

@@ -126,6 +126,7 @@ def test_engines_are_timed_where_they_run(standin: None, model: Model, tmp_path:
     [
         (RuntimeMissingError("torch uses no GPU here", fix="install another"), "torch uses no GPU here"),
         (torch.OutOfMemoryError("no room on the GPU"), "no room on the GPU"),
+        (RuntimeError("CUDA error: device busy\nCompile with more checks"), "CUDA error: device busy"),
     ],
 )
 def test_bytes_decide_where_engines_cannot_be_timed(
