@@ -85,6 +85,9 @@ def write(query: Query, found: Mapping[str, np.ndarray], model: str) -> tuple[by
             entry["parameters"] = {"binary_data_size": len(part)}
             raw += part
         else:
+            if not _is_finite(array):
+                fix = "ask for raw bytes, with binary_data: true"
+                raise InputError("it holds NaN or Infinity, which JSON has not", where=f'output "{name}"', fix=fix)
             entry["data"] = array.ravel().tolist()
         tensors.append(entry)
     document = {"model_name": model, "model_version": "1", "outputs": tensors}
@@ -139,12 +142,20 @@ def _tensor(item: Json, spec: InputSpec, rest: tuple[bytes, int]) -> tuple[np.nd
 
 def _listed(data: Any, shape: Sequence[int], dtype: np.dtype[Any], where: str) -> np.ndarray:
     try:
-        array = np.array(data, dtype=dtype)
+        with np.errstate(over="ignore"):
+            array = np.array(data, dtype=dtype)
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"its data are no numbers of {dtype}: {error}", where=where) from error
+    if not _is_finite(array):
+        what = f"its data hold null, NaN, Infinity or what is too large for {dtype}"
+        raise InputError(what, where=where, fix="send such numbers as raw bytes, with binary_data_size")
     if array.size != math.prod(shape):
         raise InputError(f"it has {array.size} numbers, its shape says {math.prod(shape)}", where=where)
     return array.reshape(shape)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return not np.issubdtype(array.dtype, np.floating) or bool(np.isfinite(array).all())
 
 
 def _check_shape(shape: Sequence[int], spec: InputSpec, where: str) -> None:

@@ -278,5 +278,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, status: HTTPStatus, what: str) -> None:
         self._send(status, json.dumps({"error": what}).encode())
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what is no request or another method than GET and POST, as everything else is refused."""
+        self.close_connection = True
+        self._fail(HTTPStatus(code), message or HTTPStatus(code).phrase)
+
     def log_message(self, *_: object) -> None:
         """Print nothing per request: /metrics counts."""

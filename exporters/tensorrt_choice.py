@@ -8,6 +8,7 @@ held in fewer than 8 bits, and recurrent operators and transposed convolutions t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, assert_never
@@ -286,6 +287,11 @@ def _form_name(weight: Weight) -> str:
             return " + ".join(_form_name(term) for term in weight.terms)
         case _:
             return format_name(weight)
+
+
+def is_packed(form: str) -> bool:
+    """Whether a part of a weight with such a name is held in codes."""
+    return any(part not in ("dense", "float32") for part in re.split(r" [+x] ", form))
 
 
 def _same_kind(have: Weight, stored: Weight) -> bool:

@@ -25,6 +25,7 @@ from . import (
     tensorrt_time,
 )
 from .tensorrt_build import Built
+from .tensorrt_choice import is_packed
 from .tensorrt_graph import GraphOptions, Lowered, lower
 from .tensorrt_library import Library
 from .tensorrt_profile import Sizes
@@ -89,8 +90,7 @@ def best(
     """
     lowered = lower(model, how)
     built = build(lowered, "packed")
-    between = activations.layers(model)
-    packed = {one.layer for one in lowered.decisions if one.kept and one.form != "dense" and one.layer not in between}
+    packed = {one.layer for one in lowered.decisions if is_packed(one.form)} - activations.layers(model)
     if how.plugin or how.forms != "smallest" or not packed:
         return lowered, built
     floats = lower(model, dataclasses.replace(how, forms="floats"))

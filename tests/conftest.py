@@ -13,13 +13,14 @@ from hypothesis import settings
 
 from . import shapes
 
+# Before the conftest of a folder imports the product, and with it torch and numpy, which read these variables.
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    for _library in ("OMP", "OPENBLAS"):
+        os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+shapes.install()
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let workers share the cores (torch and numpy read these when they are imported, which is later); check shapes."""
-    if hasattr(config, "workerinput"):
-        for library in ("OMP", "OPENBLAS"):
-            os.environ.setdefault(f"{library}_NUM_THREADS", "1")
-    shapes.install()
     settings.register_profile("fast", max_examples=25)
     if "not slow" in config.option.markexpr and not config.getoption("--hypothesis-profile"):
         settings.load_profile("fast")

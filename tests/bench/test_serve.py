@@ -157,6 +157,13 @@ X1 = np.zeros((1, 4), np.float32)
         ({"inputs": [tensor(X1, data=[0] * 4) | {"datatype": "INT8"}]}, "its datatype is INT8; give FP32"),
         ({"inputs": [tensor(X1, data=[0] * 3)]}, "it has 3 numbers, its shape says 4"),
         ({"inputs": [tensor(X1, data=["a"] * 4)]}, "its data are no numbers of float32"),
+        ({"inputs": [tensor(X1, data=[0, None, 0, 0])]}, "its data hold null, NaN, Infinity or what is too large for"),
+        ({"inputs": [tensor(X1, data=[0, float("nan"), 0, 0])]}, "its data hold null, NaN, Infinity or what"),
+        ({"inputs": [tensor(X1, data=[0, 1e39, 0, 0])]}, "too large for float32; send such numbers as raw bytes"),
+        (
+            {"inputs": [tensor(X1, data=[3e38] * 4)]},
+            'output "y": it holds NaN or Infinity, which JSON has not; ask for',
+        ),
         ({"inputs": [tensor(X1[:, :3], data=[0] * 3)]}, "its shape is [1, 3]; give [batch, 4]"),
         ({"inputs": [tensor(X1[:0], data=[])]}, "its shape is [0, 4]; give [batch, 4]"),
         ({"inputs": [tensor(X1, parameters={"binary_data_size": 8})]}, "binary_data_size is 8, and 0 bytes are left"),
@@ -168,6 +175,21 @@ def test_what_does_not_fit_is_one_sentence(client: Client, body: Any, what: str)
     assert status == 400
     assert what in found["error"]
     assert client.infer({"inputs": [tensor(X1, data=[0] * 4)]})[0] == 200
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "HEAD", "BREW"])
+def test_another_method_is_refused_as_all_else_is(client: Client, method: str) -> None:
+    status, content, headers = client.ask(method, "/v2")
+    assert status == 501
+    assert headers["Content-Type"] == "application/json"
+    assert method == "HEAD" or json.loads(content) == {"error": f"Unsupported method ('{method}')"}
+
+
+def test_what_is_no_request_is_refused(client: Client) -> None:
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as peer:
+        peer.sendall(b"not a request at all\r\n\r\n")
+        answer = peer.makefile("rb").read().decode()
+    assert '{"error": "Bad request ' in answer
 
 
 def test_a_named_dimension_has_one_size() -> None:

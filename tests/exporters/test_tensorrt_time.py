@@ -14,13 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from paredown.exporters import tensorrt, tensorrt_engine, tensorrt_library, tensorrt_time, tensorrt_write
+from paredown.exporters import (
+    tensorrt,
+    tensorrt_choice,
+    tensorrt_engine,
+    tensorrt_library,
+    tensorrt_time,
+    tensorrt_write,
+)
 from paredown.exporters.tensorrt_library import Library
 from paredown.exporters.tensorrt_profile import Sizes
 from paredown.exporters.tensorrt_time import ROUNDS, SURE, WORTH, Times
 from paredown.exporters.tensorrt_write import Order
 from paredown.optimizer.errors import RuntimeMissingError
 from paredown.optimizer.model import InputSpec, Model
+from paredown.optimizer.weight import Dense, LowRank, Sum
 
 from .conftest import build, pack_all, use_standin
 
@@ -119,6 +127,25 @@ def test_engines_are_timed_where_they_run(standin: None, model: Model, tmp_path:
     reason = exported(model, tmp_path)
     assert "; a run at batch=4 takes " in reason
     assert " ms on this GPU (8.7)" in reason
+
+
+def test_a_weight_that_is_packed_in_part_is_built_both_ways(
+    standin: None, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = Times(milliseconds=(2.0, 1.0), wins=0)
+    monkeypatch.setattr(tensorrt_time, "compare", lambda engines, feeds: times)
+    (name, base), low = next(iter(model.weights.items())), torch.full((SIZE, 1), 0.01)
+    rest = LowRank(left=Dense(values=low), right=Dense(values=low.T))
+    reason = exported(model.with_weights({name: Sum(terms=(base, rest))}), tmp_path)
+    assert reason.startswith("dense, fallback: built both ways, ")
+
+
+@pytest.mark.parametrize(
+    ("form", "held"),
+    [("dense", False), ("float32", False), ("dense x dense", False), ("codebook 4 + dense x dense", True)],
+)
+def test_what_is_packed_in_part_is_packed(form: str, held: bool) -> None:
+    assert tensorrt_choice.is_packed(form) == held
 
 
 @pytest.mark.parametrize(

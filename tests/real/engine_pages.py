@@ -21,8 +21,7 @@ Built by TensorRT-RTX 1.7.1 without a GPU, for SM86, any batch of 1 to 32, with
 `python tests/real/tensorrt_table.py layers|real|zoo`. Bytes only: no speed was measured. An entry is the engine in kB
 and its share of the dense float32 one; "stored" holds weights packed wherever TensorRT can, "chosen" is what
 `optimize export` builds. In brackets: layers kept as the model stores them, and layers that fall back to int8 or to
-floats, `float32` included. `model.engine.json` gives the reason for each; `optimize export` prints them. `dtln` at 2 to
-4 bits was chosen before engines were built both ways: the export now takes floats there, 10,435 kB at 4 bits.
+floats, `float32` included. `model.engine.json` gives the reason for each; `optimize export` prints them.
 """
 
 
@@ -50,19 +49,23 @@ def _equal() -> str:
 
 def _equal_cell(row: Row) -> str:
     if "fp16_error" not in row:
-        return f"{row['difference']:.0e}"
+        return _short(row["difference"])
     kept = row["float32_by_measure"]
-    shown = f"{row['difference']:.0e}, {row['fp16_error_before']:.0e}"
+    shown = f"{_short(row['difference'])}, {_short(row['fp16_error_before'])}"
     names = ", ".join(kept) if len(kept) <= NAMED else f"{len(kept)} modules"
     return f"{shown} ({row['fp16_error']:.0e} with {names} in float32)" if kept else shown
+
+
+def _short(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 EQUAL = """## What the graphs compute
 
 Real checkpoints in onnxruntime, `python tests/real/tensorrt_table.py equal`: largest difference of an output, over its
 largest value, between the float32 graph with stored forms and the portable file on two real samples; of dense graphs
-also what rounding to float16 does on three seeded ones, and in brackets, where that is more than an engine may be off
-by, what stays float32 for it and what is left.
+also, behind it, what rounding to float16 does on three seeded ones, and in brackets, where that is more than an engine
+may be off by, what stays float32 for it and what is left.
 """
 
 
