@@ -14,7 +14,7 @@ from ..optimizer.artifact import hide_nothing
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
 from . import onnx, tensorrt_compare
-from .runner import RunnerOptions
+from .runner import RunnerOptions, arrays
 from .tensorrt_profile import Sizes
 
 ROWS = 3
@@ -70,4 +70,4 @@ def _sizes(profile: Mapping[str, Sizes]) -> list[dict[str, int]]:
 def _feeds(model: Model, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     seeded = torch.Generator().manual_seed(0)
     inputs = hide_nothing(model.inputs, tuple(spec.example(sizes, seeded) for spec in model.inputs))
-    return {spec.name: x.numpy() for spec, x in zip(model.inputs, inputs, strict=True)}
+    return arrays(model.inputs, inputs)

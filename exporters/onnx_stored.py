@@ -1,8 +1,8 @@
 """Compare the weights in an ONNX file with those of the model, byte by byte.
 
 Outputs are compared within a tolerance, which is wide where inputs are rounded to int8: a few wrong codes pass. Bytes
-have none. What a file holds in another form than the exporter gives to a weight (parts of a split matrix) is left to
-the outputs.
+have none. What a file holds in another form than the exporter gives to a whole tensor (parts of a split matrix, folded
+constants) is left to the outputs.
 """
 
 from __future__ import annotations
@@ -44,18 +44,76 @@ class Stored:
 
 
 def compare(path: Path, model: Model) -> Stored:
-    """Compare every tensor of a file whose name and size say which of the model's it is."""
-    values = ir.load(path).graph.initializers
-    equal, wrong = 0, ""
+    """Compare every tensor of a file whose name and size say which of the model's it is, and the int8 grids."""
+    graph = ir.load(path).graph
+    tensors = list(_tensors(graph, model))
+    grids, biases = (list(_grids(graph, model)), list(_biases(graph, model))) if model.acts else ([], [])
+    wrong = next((wrong for wrong in (*tensors, *grids, *biases) if wrong), "")
+    return Stored(equal=(*tensors, *biases).count(""), wrong=wrong)
+
+
+def _tensors(graph: ir.Graph, model: Model) -> Iterator[str]:
+    """Yield what is wrong with each tensor that has a name of the model's, "" for nothing."""
     for forms in _named(model):
-        value = values.get(forms[0].name)
+        value = graph.initializers.get(forms[0].name)
         if value is None or value.const_value is None:
             continue
         different = _different(np.frombuffer(value.const_value.tobytes(), np.uint8), forms)
-        equal += different == 0
-        if different and not wrong:
-            wrong = f'{different} of the {value.const_value.nbytes} bytes of "{forms[0].name}"'
-    return Stored(equal=equal, wrong=wrong)
+        if different is not None:
+            yield _wrong(different, value.const_value.nbytes, forms[0].name)
+
+
+def _wrong(different: int, count: int, name: str) -> str:
+    return f'{different} of the {count} bytes of "{name}"' if different else ""
+
+
+def _grids(graph: ir.Graph, model: Model) -> Iterator[str]:
+    """Yield the values whose int8 grid is none of the model's."""
+    known = {(float(np.float32(act.scale)), act.zero, act.signed) for act in model.acts.values()}
+    for node in graph:
+        scale, zero = _array(node, 1), _array(node, 2)
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or scale is None or zero is None or scale.ndim:
+            continue
+        if (float(scale), int(zero), zero.dtype == np.int8) not in known:
+            yield f'the scale and zero point of "{node.outputs[0].name}"'
+
+
+def _biases(graph: ir.Graph, model: Model) -> Iterator[str]:
+    """Yield what is wrong with the codes, and with the scales, of each bias of an int8 layer."""
+    for node in graph:
+        codes, scale = _array(node, 0), _array(node, 1)
+        if node.op_type != "DequantizeLinear" or codes is None or codes.dtype != np.int32 or scale is None:
+            continue
+        names = [str(value.name) for value in node.inputs[:2] if value is not None]
+        for use in node.outputs[0].uses():
+            units = [_array(value.producer(), 1) for value in use.node.inputs[:2] if value is not None]
+            if units[0] is not None and units[1] is not None:
+                yield _wrong(_unequal(units[0] * units[1], scale), scale.nbytes, names[1])
+        if (bias := _owner(names[0].removesuffix(".codes"), model)) is not None:
+            wanted = np.clip(
+                np.round(bias.double().numpy(force=True) / scale.astype(np.float64)), -(2.0**31), 2.0**31 - 1
+            )
+            yield _wrong(_unequal(wanted.astype(np.int32), codes), codes.nbytes, names[0])
+
+
+def _owner(name: str, model: Model) -> Tensor | None:
+    """Return the bias that stands in a file under a name, which where several layers share it has more behind it."""
+    while name and name not in model.tensors:
+        name = name.rpartition(".")[0]
+    return model.tensors.get(name)
+
+
+def _array(node: ir.Node | None, index: int) -> np.ndarray | None:
+    """Return an input of a node that is stored in the file."""
+    value = None if node is None or len(node.inputs) <= index else node.inputs[index]
+    held = None if value is None else value.const_value
+    return None if held is None else held.numpy()
+
+
+def _unequal(want: np.ndarray, have: np.ndarray) -> int:
+    """Return how many bytes of two arrays of one type differ."""
+    pairs = (np.frombuffer(np.ascontiguousarray(side).tobytes(), np.uint8) for side in (want.astype(have.dtype), have))
+    return int(np.count_nonzero(np.not_equal(*pairs)))
 
 
 def _named(model: Model) -> Iterator[list[_Held]]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
-from ..optimizer.errors import RecipeError
+from ..optimizer.errors import ExportError, RecipeError
 
 if TYPE_CHECKING:  # optimizer.model imports torch, which a process that only runs a file must not pay for
+    from torch import Tensor
+
     from ..optimizer.model import InputSpec
 
 
@@ -46,3 +48,11 @@ class Runner(Protocol):
 
 Open: TypeAlias = Callable[[Path, RunnerOptions], Runner]
 """The `open` of an exporter: `exporters/<name>.py` defines one."""
+
+
+def arrays(specs: Sequence[InputSpec], inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    """Return inputs as arrays by name; ExportError where one has a type that arrays do not have."""
+    for spec in specs:
+        if spec.dtype == "bfloat16":
+            raise ExportError(f'the input "{spec.name}" is bfloat16, which arrays do not have')
+    return {spec.name: x.numpy(force=True) for spec, x in zip(specs, inputs, strict=True)}

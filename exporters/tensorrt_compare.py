@@ -18,7 +18,7 @@ from ..optimizer.artifact import hide_nothing
 from ..optimizer.model import Model
 from . import tensorrt_build, tensorrt_engine, tensorrt_library, tensorrt_plugin, tensorrt_profile
 from .difference import difference
-from .runner import Open, Runner, RunnerOptions
+from .runner import Open, Runner, RunnerOptions, arrays
 from .tensorrt_engine import PORTABLE, Metadata
 from .tensorrt_integer import symmetric
 from .tensorrt_profile import Sizes
@@ -56,10 +56,10 @@ def spec(path: Path, model: Model) -> Spec:
 
 def moved(model: Model, graph: Path, inputs: tuple[torch.Tensor, ...]) -> float:
     """Return how far floats of 8 bits move the outputs from those of int8 grids, as ONNX Runtime runs the graph."""
-    feeds = {spec.name: x.numpy(force=True) for spec, x in zip(model.inputs, inputs, strict=True)}
+    fed = arrays(model.inputs, inputs)
     with torch.no_grad():
         leaves = [x for x in pytree.tree_leaves(model.module()(*inputs)) if isinstance(x, torch.Tensor)]
-    pairs = zip(leaves, plain_outputs(graph, feeds), strict=True)
+    pairs = zip(leaves, plain_outputs(graph, fed), strict=True)
     return max((difference(want.numpy(), value)[1] for want, value in pairs if want.is_floating_point()), default=0.0)
 
 

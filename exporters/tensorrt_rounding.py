@@ -21,6 +21,7 @@ from ..optimizer.artifact import hide_nothing
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
 from .difference import difference
+from .runner import arrays
 from .tensorrt_choice import Decision
 from .tensorrt_graph import DTYPES, GraphOptions, lower
 from .tensorrt_integer import symmetric
@@ -161,7 +162,7 @@ def plain_outputs(file: onnx.ModelProto | Path, feeds: Mapping[str, np.ndarray])
 def _feeds(model: Model) -> dict[str, np.ndarray]:
     exact = symmetric(replace(model, dynamic=frozenset()))
     inputs = hide_nothing(exact.inputs, exact.examples(ROWS))
-    return {spec.name: x.numpy(force=True) for spec, x in zip(exact.inputs, inputs, strict=True)}
+    return arrays(exact.inputs, inputs)
 
 
 def _fewest(error: Callable[[int], float], most: int, limit: float) -> tuple[int, float]:

@@ -19,6 +19,7 @@ from ..optimizer.artifact import hide_nothing
 from ..optimizer.errors import Error
 from ..optimizer.model import InputSpec
 from . import tensorrt_engine
+from .runner import arrays
 from .tensorrt_engine import Metadata
 from .tensorrt_profile import Sizes
 
@@ -28,7 +29,8 @@ SURE = 17
 WORTH = 1.02
 """How many times longer the other engine has to take: what differs by less is chosen by bytes."""
 ROUND_SECONDS = 0.02
-"""What the runs of one engine in one round take at least."""
+"""What the runs of one engine in one round take, one run at least."""
+WARM_SECONDS = 1.0
 
 
 class Timed(Protocol):
@@ -77,17 +79,30 @@ class Judge:
         generator = torch.Generator().manual_seed(0)
         sizes = {name: known.usual for name, known in self.sizes.items()}
         examples = hide_nothing(self.inputs, tuple(known.example(sizes, generator) for known in self.inputs))
-        return {spec.name: x.numpy(force=True) for spec, x in zip(self.inputs, examples, strict=True)}
+        return arrays(self.inputs, examples)
 
 
 def compare(engines: tuple[Timed, Timed], feeds: dict[str, np.ndarray]) -> Times:
-    """Measure two engines in turns, ROUNDS rounds after one that does not count."""
-    runs = [math.ceil(ROUND_SECONDS / max(engine.seconds(feeds, 1), 1e-9)) for engine in engines]
-    warm = [engine.seconds(feeds, count) for engine, count in zip(engines, runs, strict=True)]
-    runs = [math.ceil(ROUND_SECONDS / max(seconds, 1e-9)) for seconds in warm]
+    """Measure two engines in turns, ROUNDS rounds."""
+    usual = [_warm(engine, feeds) for engine in engines]
+    runs = [math.ceil(ROUND_SECONDS / seconds) for seconds in usual]
     rounds = [_round(engines, feeds, runs, first=index % 2) for index in range(ROUNDS)]
-    halves = tuple(1e3 * median(pair[i] for pair in rounds) for i in (0, 1))
-    return Times(milliseconds=(halves[0], halves[1]), wins=sum(a < b for a, b in rounds))
+    middle = [1e3 * median(pair[i] for pair in rounds) for i in (0, 1)]
+    return Times(milliseconds=(middle[0], middle[1]), wins=sum(a < b for a, b in rounds))
+
+
+def _warm(engine: Timed, feeds: dict[str, np.ndarray]) -> float:
+    """Run an engine for WARM_SECONDS and return what a run takes at the end.
+
+    TensorRT-RTX compiles kernels for the sizes that it meets while others already run.
+    """
+    runs, taken = 1, 0.0
+    while True:
+        seconds = max(engine.seconds(feeds, runs), 1e-9)
+        taken += runs * seconds
+        if taken >= WARM_SECONDS:
+            return seconds
+        runs = math.ceil(ROUND_SECONDS / seconds)
 
 
 def _round(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ..optimizer import activations
 from ..optimizer.artifact import mark
+from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
 from ..optimizer.workspace import file_sha256
 from . import (
@@ -94,26 +95,35 @@ def best(
     if how.plugin or how.forms != "smallest" or not packed:
         return lowered, built
     floats = lower(model, dataclasses.replace(how, forms="floats"))
-    other = build(floats, "floats")
+    try:
+        other = build(floats, "floats")
+    except ExportError as error:
+        refused = f"with floats no engine is built: {error.what}"
+        return _told(lowered, packed, lambda reason: f"{reason}; {refused}"), built
     sizes = built.engine.stat().st_size, other.engine.stat().st_size
     faster, timed = better((lowered, built), (floats, other)) if better else (None, "")
     both = f"built both ways, the engine takes {sizes[0]} bytes with packed weights, {sizes[1]} with floats"
     both = f"{both}; {timed}" if timed else both
     if faster == 1 or (faster is None and sizes[1] < sizes[0]):
-        told = [dataclasses.replace(one, reason=both) if one.layer in packed else one for one in floats.decisions]
-        return dataclasses.replace(floats, decisions=tuple(told)), other
-    told = [
-        dataclasses.replace(one, reason=f"{one.reason}; {both}") if one.layer in packed else one
-        for one in lowered.decisions
-    ]
-    return dataclasses.replace(lowered, decisions=tuple(told)), built
+        return _told(floats, packed, lambda _: both), other
+    return _told(lowered, packed, lambda reason: f"{reason}; {both}"), built
 
 
-def _better(model: Model, order: Order) -> Better | None:
-    """Return what times engines of an order, None where they do not run here."""
+def _told(lowered: Lowered, layers: Container[str], change: Callable[[str], str]) -> Lowered:
+    """Change the reasons that are given for some layers."""
+    told = (
+        dataclasses.replace(one, reason=change(one.reason)) if one.layer in layers else one for one in lowered.decisions
+    )
+    return dataclasses.replace(lowered, decisions=tuple(told))
+
+
+def _better(model: Model, order: Order) -> Better:
+    """Return what times engines of an order, or says why they are not timed here."""
     here = tensorrt_library.capability()
-    if not here or (order.sm and here not in order.sm):
-        return None
+    if not here:
+        return lambda *_: (None, "not timed: there is no GPU here")
+    if order.sm and here not in order.sm:
+        return lambda *_: (None, f"not timed: the GPU here ({here}) is none that it is for")
     judge = tensorrt_time.Judge(capability=here, inputs=model.inputs, sizes=order.sizes)
 
     def better(first: Pair, second: Pair) -> tuple[int | None, str]:

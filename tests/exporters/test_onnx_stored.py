@@ -16,7 +16,7 @@ from paredown.exporters import onnx as target
 from paredown.exporters import onnx_stored, verify
 from paredown.optimizer.errors import ExportError
 
-from ..optimizer.int8_nets import int8
+from ..optimizer.int8_nets import ZOO, int8
 from .conftest import NETS, Exported
 
 
@@ -96,6 +96,32 @@ def test_codes_scales_and_zero_points_of_int8_layers_are_compared(tmp_path: Path
     target.export(model, whole)
     made = Exported(model=model, path=whole)
     assert onnx_stored.compare(whole, model).wrong == ""
-    for part in ("stem.weight.codes", "stem.weight.scale", "stem.weight.zero", "head.weight.t.zero"):
+    for part in (
+        "stem.weight.codes",
+        "stem.weight.scale",
+        "stem.weight.zero",
+        "head.weight.t.zero",
+        "stem.bias.codes",
+        "head.bias.scale",
+    ):
         size = changed(made, part, path)
         assert onnx_stored.compare(path, model).wrong == f'1 of the {size} bytes of "{part}"'
+
+
+@pytest.mark.parametrize("part", ["val_0", "val_1"])
+def test_a_changed_grid_is_named(part: str, tmp_path: Path) -> None:
+    model, whole, path = int8("residual"), tmp_path / "whole.onnx", tmp_path / "changed.onnx"
+    target.export(model, whole)
+    changed(Exported(model=model, path=whole), part, path)
+    assert onnx_stored.compare(path, model).wrong.startswith('the scale and zero point of "')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_every_int8_network_of_the_zoo_is_as_it_was_exported(name: str, tmp_path: Path) -> None:
+    model, path = int8(name), tmp_path / "model.onnx"
+    target.export(model, path)
+    names = [known.name for known in onnx.load(path).graph.initializer if known.name.endswith((".codes", ".scale"))]
+    found = onnx_stored.compare(path, model)
+    assert found.wrong == ""
+    assert found.equal >= len(names)
