@@ -85,15 +85,20 @@ def _biases(graph: ir.Graph, model: Model) -> Iterator[str]:
         if node.op_type != "DequantizeLinear" or codes is None or codes.dtype != np.int32 or scale is None:
             continue
         names = [str(value.name) for value in node.inputs[:2] if value is not None]
-        for use in node.outputs[0].uses():
-            units = [_array(value.producer(), 1) for value in use.node.inputs[:2] if value is not None]
-            if units[0] is not None and units[1] is not None:
-                yield _wrong(_unequal(units[0] * units[1], scale), scale.nbytes, names[1])
+        for layer in (use.node for use in node.outputs[0].uses() if use.idx == 2):
+            x, weight = (_scale(value) for value in layer.inputs[:2])
+            if x is not None and weight is not None:
+                yield _wrong(_unequal(x * weight, scale), scale.nbytes, names[1])
         if (bias := _owner(names[0].removesuffix(".codes"), model)) is not None:
-            wanted = np.clip(
-                np.round(bias.double().numpy(force=True) / scale.astype(np.float64)), -(2.0**31), 2.0**31 - 1
-            )
-            yield _wrong(_unequal(wanted.astype(np.int32), codes), codes.nbytes, names[0])
+            steps = np.round(bias.double().numpy(force=True) / scale.astype(np.float64))
+            wanted = np.clip(steps, -(2.0**31), 2.0**31 - 1).astype(np.int32)
+            yield _wrong(_unequal(wanted, codes), codes.nbytes, names[0])
+
+
+def _scale(value: ir.Value | None) -> np.ndarray | None:
+    """Return the scale that codes are dequantized with to a value, None where it is made otherwise."""
+    maker = None if value is None else value.producer()
+    return _array(maker, 1) if maker is not None and maker.op_type == "DequantizeLinear" else None
 
 
 def _owner(name: str, model: Model) -> Tensor | None:
