@@ -133,9 +133,18 @@ def _named(model: Model) -> Iterator[list[_Held]]:
 
 
 def _different(have: np.ndarray, forms: list[_Held]) -> int | None:
-    """Return how many bytes differ from those of the form that is nearest, None where none has as many bytes."""
-    pairs = (_bytes(form.tensor) for form in forms if form.tensor.nbytes == have.nbytes)
-    return min((int(np.count_nonzero(want != have)) for want in pairs), default=None)
+    """Return how many bytes differ from those of the form that is nearest.
+
+    None where none has as many bytes, or the same bytes stand in an order of their own, as in a transposed convolution.
+    """
+    found = [_bytes(form.tensor) for form in forms if form.tensor.nbytes == have.nbytes]
+    least = min((int(np.count_nonzero(want != have)) for want in found), default=None)
+    return None if least and any(np.array_equal(_counts(want), _counts(have)) for want in found) else least
+
+
+def _counts(content: np.ndarray) -> np.ndarray:
+    """Return how often each byte occurs."""
+    return np.bincount(content, minlength=256)
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

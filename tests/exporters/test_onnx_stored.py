@@ -125,3 +125,17 @@ def test_every_int8_network_of_the_zoo_is_as_it_was_exported(name: str, tmp_path
     found = onnx_stored.compare(path, model)
     assert found.wrong == ""
     assert found.equal >= len(names)
+
+
+def test_a_tensor_in_an_order_of_its_own_is_left_to_the_outputs(
+    exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    made, path = exported("dense"), tmp_path / "turned.onnx"
+    whole = onnx_stored.compare(made.path, made.model)
+    proto = onnx.load(made.path)
+    tensor = next(known for known in proto.graph.initializer if known.name in made.model.weights)
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(values.flatten()[::-1].reshape(values.shape).copy(), tensor.name))
+    onnx.save(proto, path)
+    found = onnx_stored.compare(path, made.model)
+    assert (found.equal, found.wrong) == (whole.equal - 1, "")
