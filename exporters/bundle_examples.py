@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..optimizer.artifact import hide_nothing
+from ..optimizer.artifact import at_sizes
 from ..optimizer.errors import ExportError
 from ..optimizer.model import Model
 from . import onnx, tensorrt_compare
@@ -68,6 +67,4 @@ def _sizes(profile: Mapping[str, Sizes]) -> list[dict[str, int]]:
 
 
 def _feeds(model: Model, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    seeded = torch.Generator().manual_seed(0)
-    inputs = hide_nothing(model.inputs, tuple(spec.example(sizes, seeded) for spec in model.inputs))
-    return arrays(model.inputs, inputs)
+    return arrays(model.inputs, at_sizes(model.inputs, sizes))

@@ -14,7 +14,7 @@ from ..kernels.onnx_ops import ConvOp, conv_attributes
 from ..optimizer import packed
 from ..optimizer.errors import ExportError
 from ..optimizer.weight import Codebook, Layout, Uniform
-from .onnx_forms import no_bias
+from .onnx_forms import held, no_bias
 from .onnx_linear import Layer, after_marks, before_marks, only_reader
 from .onnx_place import Place, place_of, readers, remove_dead, take_over
 
@@ -58,12 +58,8 @@ def _bias(node: ir.Node) -> ir.Value | None:
 
 
 def _parts(place: Place, weight: Uniform | Codebook, conv: ConvSpec, name: str) -> list[ir.Value]:
-    """Return codes, table and scale as the kernel uses them in place; made once for all that reads them."""
-    names = (f"{name}.c16.codes", f"{name}.table", f"{name}.c16.scale")
-    if names[0] not in place.root.initializers:
-        made = packed.conv_parts(weight, conv)
-        return [place.initializer(*item) for item in zip(names, (made.codes, made.table, made.scale), strict=True)]
-    return [place.root.initializers[known] for known in names]
+    """Return codes, table and scale as the kernel uses them in place."""
+    return held(place, name, lambda: packed.conv_parts(weight, conv))
 
 
 def _spec(node: ir.Node, layout: Layout, name: str) -> ConvSpec:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
+from torch import Tensor
 
-from ..kernels.lut_spec import Activation, Mode
+from ..kernels.lut_spec import Activation, LutParts, Mode
 from ..kernels.onnx_ops import DECODE, GATHERS, linear_op, onnx_attributes
 from ..kernels.pack import pack as pack_rows
 from ..optimizer import packed
@@ -95,11 +97,24 @@ class Portable:
 
 def parts(place: Place, weight: Coded, name: str) -> list[ir.Value]:
     """Return codes, table and scale as kernels use them in place; made once for all that reads them."""
-    names = (f"{name}.c16.codes", f"{name}.table", f"{name}.c16.scale")
+    return held(place, name, lambda: packed.lut_parts(weight))
+
+
+def held(place: Place, name: str, make: Callable[[], LutParts]) -> list[ir.Value]:
+    """Return the initializers of a weight that kernels use in place; made once for all that reads them."""
+    names = c16_names(name)
     if names[0] not in place.root.initializers:
-        made = packed.lut_parts(weight)
-        return [place.initializer(*item) for item in zip(names, (made.codes, made.table, made.scale), strict=True)]
+        return [place.initializer(*item) for item in named(name, make()).items()]
     return [place.root.initializers[known] for known in names]
+
+
+def c16_names(name: str) -> tuple[str, str, str]:
+    return f"{name}.c16.codes", f"{name}.table", f"{name}.c16.scale"
+
+
+def named(name: str, made: LutParts) -> dict[str, Tensor]:
+    """Return the tensors that kernels use in place, by their names in a file."""
+    return dict(zip(c16_names(name), (made.codes, made.table, made.scale), strict=True))
 
 
 def no_bias(place: Place, dtype: torch.dtype) -> ir.Value:

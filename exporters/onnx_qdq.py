@@ -103,7 +103,7 @@ def _pad_codes(node: ir.Node) -> None:
 
     ONNX Runtime 1.31 would pad floats.
     """
-    back, ahead = _maker(node.inputs[0]), _reader(node.outputs[0])
+    back, ahead = dequantizer(node.inputs[0]), _reader(node.outputs[0])
     if back is None or ahead is None or not _is_same_grid(back, ahead):
         return
     for pair in [use.node for use in ahead.outputs[0].uses()]:
@@ -136,7 +136,7 @@ def _pad_in_place(conv: ir.Node, pad: ir.Node) -> None:
 def _pool(node: ir.Node) -> None:
     """Turn a mean over all positions into a GlobalAveragePool, which has an integer kernel, between its grids."""
     ahead, value, shape = _reader(node.outputs[0]), node.inputs[0], node.outputs[0].shape
-    if _maker(value) is None or ahead is None or value is None or value.shape is None or shape is None:
+    if dequantizer(value) is None or ahead is None or value is None or value.shape is None or shape is None:
         return
     keeps = bool(_number(node, "keepdims", 1))
     if value.shape.rank() < 3 or not (all(size == 1 for size in shape[2:]) if keeps else shape.rank() == 2):
@@ -151,7 +151,7 @@ def _pool(node: ir.Node) -> None:
 
 def _product(node: ir.Node, model: Model, other: Mapping[str, str]) -> _Product | None:
     """Return a convolution or matrix product of a dequantized input with a weight of signed bytes."""
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or _maker(node.inputs[0]) is None:
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or dequantizer(node.inputs[0]) is None:
         return None
     held, turn = node.inputs[1], None
     if held is not None and node.op_type == "MatMul" and _is_turn(held.producer()):
@@ -177,28 +177,39 @@ def _multiplies(node: ir.Node, layout: Layout, *, turned: bool) -> bool:
 
 
 def _quantize_product(product: _Product) -> None:
-    node, weight, layout = product.node, product.weight, product.layout
-    signed = (weight.codes.to(torch.int16) - MIDDLE).to(torch.int8)
-    is_conv = node.op_type == "Conv"
-    codes = layout.to_param(signed) if is_conv else signed.T
-    scale = weight.scale.flatten().float()
+    node, is_conv = product.node, product.node.op_type == "Conv"
     name, axis = (product.name, 0) if is_conv else (f"{product.name}.t", 1)
-    parts = {"codes": codes, "scale": scale, "zero": torch.zeros(len(scale), dtype=torch.int8)}
+    parts = integer_parts(product.weight, product.layout, turned=not is_conv)
     node.replace_input_with(1, _dequantized(node, name, parts, axis))
     if node.op_type == "Gemm":
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and bias.const_value is not None:
-        _quantize_bias(node, bias, _input_scale(node) * scale)
+        _quantize_bias(node, bias, _input_scale(node) * parts["scale"])
 
 
 def _quantize_bias(node: ir.Node, bias: ir.Value, scale: Tensor) -> None:
     """Store a bias as int32 in units of the sum of products, which differ where several layers add it."""
     assert bias.const_value is not None
-    values = torch.from_numpy(bias.const_value.numpy().copy()).double()
-    codes = (values / scale.double()).round().clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
+    codes = bias_codes(torch.from_numpy(bias.const_value.numpy().copy()), scale)
     name = str(bias.name) if len(bias.uses()) == 1 else f"{bias.name}.{node.outputs[0].name}"
     node.replace_input_with(2, _dequantized(node, name, {"codes": codes, "scale": scale}, 0))
+
+
+def integer_parts(weight: Uniform, layout: Layout, *, turned: bool) -> dict[str, Tensor]:
+    """Return signed codes, and a scale and a zero point per row, as a DequantizeLinear reads them.
+
+    turned: the codes are (inputs, outputs), for a matrix product; else they lie as the parameter.
+    """
+    signed = (weight.codes.to(torch.int16) - MIDDLE).to(torch.int8)
+    scale = weight.scale.flatten().float()
+    codes = signed.T if turned else layout.to_param(signed)
+    return {"codes": codes, "scale": scale, "zero": torch.zeros(len(scale), dtype=torch.int8)}
+
+
+def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
+    """Return a bias as int32 in units of `scale`."""
+    return (bias.double() / scale.double()).round().clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
 
 
 def _dequantized(node: ir.Node, name: str, parts: Mapping[str, Tensor], axis: int) -> ir.Value:
@@ -211,7 +222,7 @@ def _dequantized(node: ir.Node, name: str, parts: Mapping[str, Tensor], axis: in
 
 
 def _input_scale(node: ir.Node) -> Tensor:
-    maker = _maker(node.inputs[0])
+    maker = dequantizer(node.inputs[0])
     assert maker is not None
     return torch.tensor(_constant(maker.inputs[1]), dtype=torch.float32)
 
@@ -246,7 +257,7 @@ def _initializer(node: ir.Node, name: str, tensor: Tensor) -> ir.Value:
     return value
 
 
-def _maker(value: ir.Value | None) -> ir.Node | None:
+def dequantizer(value: ir.Value | None) -> ir.Node | None:
     """Return the DequantizeLinear that makes a value, if one does."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == "DequantizeLinear" else None

@@ -19,12 +19,12 @@ from torch import Tensor
 from ..kernels.lut_conv import ConvSpec
 from ..kernels.pack import pack as pack_rows
 from ..optimizer import packed
+from ..optimizer.activations_graph import has_codes
 from ..optimizer.model import Model
 from ..optimizer.packed import Coded
 from ..optimizer.weight import Codebook, Dense, Layout, LowRank, Sum, Uniform, Weight
-
-MIDDLE = 128
-"""Code of 0 in unsigned bytes."""
+from .onnx_forms import named
+from .onnx_qdq import bias_codes, dequantizer, integer_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,19 +86,12 @@ def _biases(graph: ir.Graph, model: Model) -> Iterator[str]:
             continue
         names = [str(value.name) for value in node.inputs[:2] if value is not None]
         for layer in (use.node for use in node.outputs[0].uses() if use.idx == 2):
-            x, weight = (_scale(value) for value in layer.inputs[:2])
+            x, weight = (_array(dequantizer(value), 1) for value in layer.inputs[:2])
             if x is not None and weight is not None:
                 yield _wrong(_unequal(x * weight, scale), scale.nbytes, names[1])
         if (bias := _owner(names[0].removesuffix(".codes"), model)) is not None:
-            steps = np.round(bias.double().numpy(force=True) / scale.astype(np.float64))
-            wanted = np.clip(steps, -(2.0**31), 2.0**31 - 1).astype(np.int32)
-            yield _wrong(_unequal(wanted, codes), codes.nbytes, names[0])
-
-
-def _scale(value: ir.Value | None) -> np.ndarray | None:
-    """Return the scale that codes are dequantized with to a value, None where it is made otherwise."""
-    maker = None if value is None else value.producer()
-    return _array(maker, 1) if maker is not None and maker.op_type == "DequantizeLinear" else None
+            wanted = bias_codes(bias.detach(), torch.from_numpy(scale.copy()))
+            yield _wrong(_unequal(wanted.numpy(), codes), codes.nbytes, names[0])
 
 
 def _owner(name: str, model: Model) -> Tensor | None:
@@ -182,24 +175,10 @@ def _coded(name: str, weight: Coded, layout: Layout) -> Iterator[_Held]:
         if weight.shape[1] == channels * height * width:
             made.append(packed.conv_parts(weight, ConvSpec(channels=channels, kernel=(height, width))))
     for parts in made:
-        yield _Held(name=f"{name}.c16.codes", tensor=parts.codes)
-        yield _Held(name=f"{name}.c16.scale", tensor=parts.scale)
-        yield _Held(name=f"{name}.table", tensor=parts.table)
+        yield from (_Held(name=known, tensor=tensor) for known, tensor in named(name, parts).items())
     yield _Held(name=f"{name}.codes", tensor=pack_rows(weight.codes, weight.code_bits))
     yield _Held(name=f"{name}.scale", tensor=weight.scale)
-    yield from _signed(name, weight, layout)
-
-
-def _signed(name: str, weight: Coded, layout: Layout) -> Iterator[_Held]:
-    """Yield signed bytes, their scales and zero points, as QDQ has them."""
-    if weight.code_bits != 8 or not isinstance(weight, Uniform):
-        return
-    codes = (weight.codes.to(torch.int16) - MIDDLE).to(torch.int8)
-    if codes.numel() == np.prod(layout.shape):
-        yield _Held(name=f"{name}.codes", tensor=layout.to_param(codes))
-    yield _Held(name=f"{name}.t.codes", tensor=codes.T)
-    yield _Held(name=f"{name}.scale", tensor=weight.scale.flatten().float())
-    yield _Held(name=f"{name}.t.scale", tensor=weight.scale.flatten().float())
-    zeros = torch.zeros(weight.scale.numel(), dtype=torch.int8)
-    yield _Held(name=f"{name}.zero", tensor=zeros)
-    yield _Held(name=f"{name}.t.zero", tensor=zeros)
+    if isinstance(weight, Uniform) and has_codes(weight) and weight.codes.numel() == np.prod(layout.shape):
+        for stem, turned in ((name, False), (f"{name}.t", True)):
+            parts_of = integer_parts(weight, layout, turned=turned)
+            yield from (_Held(name=f"{stem}.{key}", tensor=tensor) for key, tensor in parts_of.items())

@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch.utils import _pytree as pytree
 
-from ..optimizer.artifact import hide_nothing
+from ..optimizer.artifact import at_sizes
 from ..optimizer.model import Model
 from . import tensorrt_build, tensorrt_engine, tensorrt_library, tensorrt_plugin, tensorrt_profile
 from .difference import difference
@@ -39,8 +39,7 @@ def spec(path: Path, model: Model) -> Spec:
     batch = next(iter(profile.values()), None)
     batches = sorted({batch.least, min(max(ROWS, batch.least), batch.most)}) if batch else [1]
     sizes = {name: batches[-1] if i == 0 else known.usual for i, (name, known) in enumerate(profile.items())}
-    generator = torch.Generator().manual_seed(0)
-    inputs = hide_nothing(model.inputs, tuple(known.example(sizes, generator) for known in model.inputs))
+    inputs = at_sizes(model.inputs, sizes)
     graph = tensorrt_engine.onnx_path(path)
     dtype = DTYPES.get(metadata.precision)
     least = [tolerance(model, Spec()), *([TOLERANCE[dtype]] if dtype else [])]

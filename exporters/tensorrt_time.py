@@ -13,9 +13,8 @@ from statistics import median
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from ..optimizer.artifact import hide_nothing
+from ..optimizer.artifact import at_sizes
 from ..optimizer.errors import Error
 from ..optimizer.model import InputSpec
 from . import tensorrt_engine
@@ -65,21 +64,16 @@ class Judge:
         """Return which of two engines is faster, None where that is not known, and a sentence on it."""
         try:
             runners = [tensorrt_engine.open_plan(content, metadata) for content, metadata in engines]
-            times = compare((runners[0], runners[1]), self._feeds())
+            usual = {name: known.usual for name, known in self.sizes.items()}
+            times = compare((runners[0], runners[1]), arrays(self.inputs, at_sizes(self.inputs, usual)))
         except (Error, RuntimeError) as error:  # torch says all that CUDA reports by a RuntimeError of several lines
             what = error.what if isinstance(error, Error) else str(error).partition("\n")[0]
             return None, f"not timed: {what}"
-        usual = ", ".join(f"{name}={known.usual}" for name, known in self.sizes.items())
+        sizes = ", ".join(f"{name}={size}" for name, size in usual.items())
         first, second = (f"{value:.4g}" for value in times.milliseconds)
         clear = "" if times.faster is not None else ", which is no clear difference"
-        at = f" at {usual}" if usual else ""
+        at = f" at {sizes}" if sizes else ""
         return times.faster, f"a run{at} takes {first} ms and {second} ms on this GPU ({self.capability}){clear}"
-
-    def _feeds(self) -> dict[str, np.ndarray]:
-        generator = torch.Generator().manual_seed(0)
-        sizes = {name: known.usual for name, known in self.sizes.items()}
-        examples = hide_nothing(self.inputs, tuple(known.example(sizes, generator) for known in self.inputs))
-        return arrays(self.inputs, examples)
 
 
 def compare(engines: tuple[Timed, Timed], feeds: dict[str, np.ndarray]) -> Times:

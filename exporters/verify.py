@@ -28,7 +28,7 @@ from ..optimizer.weight import Dense
 from . import onnx_integer, onnx_stored
 from .difference import argmax_agreement, difference
 from .onnx_layers import Search, first_bad_layer
-from .runner import Open, Runner, RunnerOptions
+from .runner import Open, Runner, RunnerOptions, arrays
 
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest |a - b| / max |a| by the narrowest dtype of the weights: some 10 steps of its mantissa."""
@@ -278,8 +278,7 @@ def _inputs(model: Model, spec: Spec, batch: int) -> tuple[Tensor, ...]:
 
 
 def _run(runner: Runner, model: Model, inputs: Sequence[Tensor]) -> list[np.ndarray]:
-    names = [spec.name for spec in model.inputs]
-    return list(runner.run({name: value.numpy() for name, value in zip(names, inputs, strict=True)}).values())
+    return list(runner.run(arrays(model.inputs, inputs)).values())
 
 
 def _tensors(outputs: object) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ def batches(specs: Sequence[InputSpec], inputs: Sequence[Tensor]) -> tuple[int, 
 def examples(model: Model) -> tuple[Tensor, ...]:
     """Return seeded inputs to compare on."""
     return hide_nothing(model.inputs, model.examples(VERIFIED))
+
+
+def at_sizes(specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> Batch:
+    """Return seeded inputs whose named dimensions have these sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return hide_nothing(specs, tuple(spec.example(sizes, generator) for spec in specs))
 
 
 def hide_nothing(specs: Sequence[InputSpec], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
