@@ -112,7 +112,9 @@ Work cut_work(const Isa &isa, const Linear &linear) {
 }
 
 int64_t widest_tile(const Isa &isa, const Linear &linear) {
-  return may_decode_by_tile(linear.call->mode, bits_of(linear.weight)) ? isa.narrow_tile : isa.tile[linear.call->mode];
+  const int32_t mode = linear.call->mode;
+  const bool narrow = may_decode_by_tile(mode, bits_of(linear.weight)) && linear.call->m <= isa.narrow_tokens;
+  return narrow ? isa.narrow_tile : isa.tile[mode];
 }
 
 void pack_inputs(const Isa &isa, Linear &linear, const Scratch &scratch) {

@@ -125,85 +125,109 @@ struct Simd::Bytes {
   const uint8_t *table;
 };
 
-template <>
-struct Simd::Floats<0> {
-  explicit Floats(const FloatTable &table) : zero(fset(table.zero)), unit_of_table(fset(table.unit)) {}
+/* Eight rows at once; a pair of them is Simd::Floats. */
+template <int BITS>
+struct HalfFloats {
+  explicit HalfFloats(const FloatTable &table) : entries(table.entry) {}
   template <int Q, int B>
-  F input(const I *unit) const {
-    const I byte = bit_and(right<8 * B>(unit[Q]), set(0xFF));
-    return fmul(fsub(to_float(byte), zero), unit_of_table);
+  __m256 input(const __m256i *unit) const {
+    Simd::I both[units];
+    for (int u = 0; u < units; ++u) both[u] = {unit[u], unit[u]};
+    const __m256i codes = codes_of<BITS>(both, Q).a;
+    return _mm256_i32gather_ps(entries, _mm256_and_si256(right_by<8 * B>(codes), _mm256_set1_epi32(0xFF)), 4);
   }
-  F zero, unit_of_table;
+  static constexpr int units = BITS;
+  const float *entries;
+};
+
+template <>
+struct HalfFloats<0> {
+  explicit HalfFloats(const FloatTable &table)
+      : zero(_mm256_set1_ps(table.zero)), unit_of_table(_mm256_set1_ps(table.unit)) {}
+  template <int Q, int B>
+  __m256 input(const __m256i *unit) const {
+    const __m256i byte = _mm256_and_si256(right_by<8 * B>(unit[Q]), _mm256_set1_epi32(0xFF));
+    return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(byte), zero), unit_of_table);
+  }
+  static constexpr int units = 8;
+  __m256 zero, unit_of_table;
 };
 
 /* 1 to 3 bits: eight entries, those of narrower codes repeated. */
 template <int BITS>
-struct EightFloats {
-  explicit EightFloats(const FloatTable &table) {
-    alignas(32) float entry[8];
-    for (int i = 0; i < 8; ++i) entry[i] = table.entry[i % (1 << BITS)];
-    entries = _mm256_load_ps(entry);
+__m256 eight_entries(const FloatTable &table) {
+  alignas(32) float entry[8];
+  for (int i = 0; i < 8; ++i) entry[i] = table.entry[i % (1 << BITS)];
+  return _mm256_load_ps(entry);
+}
+
+template <>
+struct HalfFloats<1> {
+  explicit HalfFloats(const FloatTable &table) : entries(eight_entries<1>(table)) {}
+  template <int Q, int B>
+  __m256 input(const __m256i *unit) const {
+    return _mm256_permutevar8x32_ps(entries, right_by<8 * B + Q>(unit[0]));
   }
-  Simd::F look_up(Simd::I index) const {
-    return {_mm256_permutevar8x32_ps(entries, index.a), _mm256_permutevar8x32_ps(entries, index.b)};
-  }
+  static constexpr int units = 1;
   __m256 entries;
 };
 
 template <>
-struct Simd::Floats<1> : EightFloats<1> {
-  using EightFloats<1>::EightFloats;
+struct HalfFloats<2> {
+  explicit HalfFloats(const FloatTable &table) : entries(eight_entries<2>(table)) {}
   template <int Q, int B>
-  F input(const I *unit) const {
-    return look_up(right<8 * B + Q>(unit[0]));
+  __m256 input(const __m256i *unit) const {
+    return _mm256_permutevar8x32_ps(entries, right_by<8 * B + Q % 4 * 2>(unit[Q / 4]));
   }
+  static constexpr int units = 2;
+  __m256 entries;
+};
+
+/* Both planes first, for the inputs of all four bytes: the plane of one bit goes above that of two, or below it where
+ * a byte ends with that of two, and then the lowest bit of an index is the highest of its code. */
+template <>
+struct HalfFloats<3> {
+  explicit HalfFloats(const FloatTable &table)
+      : entries(eight_entries<3>(table)),
+        rotated(_mm256_permutevar8x32_ps(entries, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))) {}
+  template <int Q, int B>
+  __m256 input(const __m256i *unit) const {
+    constexpr int two = Q % 4 * 2, one = Q % 4 == 3 ? 5 : two + 2, lowest = Q % 4 == 3 ? one : two;
+    const __m256i below = _mm256_and_si256(unit[Q / 4], each_byte(3 << two).a);
+    const __m256i above = _mm256_and_si256(right_by<Q - one>(unit[2]), each_byte(1 << one).a);
+    const __m256i index = right_by<8 * B + lowest>(_mm256_or_si256(below, above));
+    return _mm256_permutevar8x32_ps(Q % 4 == 3 ? rotated : entries, index);
+  }
+  static constexpr int units = 3;
+  __m256 entries, rotated;
 };
 
 template <>
-struct Simd::Floats<2> : EightFloats<2> {
-  using EightFloats<2>::EightFloats;
-  template <int Q, int B>
-  F input(const I *unit) const {
-    return look_up(right<8 * B + Q % 4 * 2>(unit[Q / 4]));
-  }
-};
-
-template <>
-struct Simd::Floats<3> : EightFloats<3> {
-  using EightFloats<3>::EightFloats;
-  template <int Q, int B>
-  F input(const I *unit) const {
-    const I two = right<8 * B + Q % 4 * 2>(unit[Q / 4]), one = right<8 * B + Q - 2>(unit[2]);
-    return look_up(bit_or(bit_and(two, set(3)), bit_and(one, set(4))));
-  }
-};
-
-template <>
-struct Simd::Floats<4> {
-  explicit Floats(const FloatTable &table)
+struct HalfFloats<4> {
+  explicit HalfFloats(const FloatTable &table)
       : low(_mm256_loadu_ps(table.entry)), high(_mm256_loadu_ps(table.entry + 8)) {}
   template <int Q, int B>
-  F input(const I *unit) const {
+  __m256 input(const __m256i *unit) const {
     constexpr int place = 8 * B + Q % 2 * 4;
-    const I index = right<place>(unit[Q / 2]), upper = right<place - 28>(unit[Q / 2]); /* bit 3 of the code as sign */
-    return {entry(index.a, upper.a), entry(index.b, upper.b)};
-  }
-  __m256 entry(__m256i index, __m256i upper) const {
+    const __m256i index = right_by<place>(unit[Q / 2]), upper = right_by<place - 28>(unit[Q / 2]); /* bit 3 as sign */
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
                             _mm256_castsi256_ps(upper));
   }
+  static constexpr int units = 4;
   __m256 low, high;
 };
 
 template <int BITS>
 struct Simd::Floats {
-  explicit Floats(const FloatTable &table) : entries(table.entry) {}
+  explicit Floats(const FloatTable &table) : half(table) {}
   template <int Q, int B>
   F input(const I *unit) const {
-    const I code = bit_and(right<8 * B>(codes_of<BITS>(unit, Q)), set(0xFF));
-    return {_mm256_i32gather_ps(entries, code.a, 4), _mm256_i32gather_ps(entries, code.b, 4)};
+    __m256i a[units], b[units];
+    for (int u = 0; u < units; ++u) a[u] = unit[u].a, b[u] = unit[u].b;
+    return {half.template input<Q, B>(a), half.template input<Q, B>(b)};
   }
-  const float *entries;
+  static constexpr int units = HalfFloats<BITS>::units;
+  HalfFloats<BITS> half;
 };
 
 }  // namespace

@@ -98,7 +98,8 @@ struct Convolution {
 struct Isa {
   const char *name;
   int32_t tile[2];         /* the widest tile, by mode */
-  int32_t narrow_tile;     /* the widest where may_decode_by_tile */
+  int32_t narrow_tile;     /* the widest where may_decode_by_tile, for up to narrow_tokens */
+  int32_t narrow_tokens;
   int32_t tokens;  /* the most that one call of `multiply` takes */
   /* Pack tiles [first, last) of the activations, and of the low-rank ones. */
   void (*pack)(const Linear &linear, int64_t first, int64_t last);

@@ -214,7 +214,7 @@ int64_t multiply_bytes(int64_t count) {
 
 }  // namespace
 
-const Isa amx_isa = {"amx",    {Simd::tile, tile_tokens}, exact_tile, tokens_at_once, pack_tokens_first,
+const Isa amx_isa = {"amx",    {Simd::tile, tile_tokens}, exact_tile, exact_tokens, tokens_at_once, pack_tokens_first,
                      multiply, &convolution,              multiply_bytes};
 
 }  // namespace paredown

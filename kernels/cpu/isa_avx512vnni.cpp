@@ -7,7 +7,7 @@
 
 namespace paredown {
 
-const Isa avx512vnni_isa = {"avx512vnni", {Simd::tile, Simd::tile}, exact_tile, tokens_at_once, pack, multiply, &convolution,
+const Isa avx512vnni_isa = {"avx512vnni", {Simd::tile, Simd::tile}, exact_tile, exact_tokens, tokens_at_once, pack, multiply, &convolution,
                             multiply_bytes};
 
 }  // namespace paredown

@@ -13,7 +13,7 @@
 
 namespace paredown {
 
-const Isa dotprod_isa = {"dotprod", {Simd::tile, Simd::tile}, Simd::tile, tokens_at_once, pack, multiply, &convolution,
+const Isa dotprod_isa = {"dotprod", {Simd::tile, Simd::tile}, Simd::tile, 0, tokens_at_once, pack, multiply, &convolution,
                          multiply_bytes};
 
 }  // namespace paredown

@@ -107,6 +107,6 @@ int64_t multiply_bytes(int64_t count) {
 
 }  // namespace
 
-const Isa i8mm_isa = {"i8mm", {Simd::tile, Simd::tile}, Simd::tile, tokens_at_once, pack, multiply, &convolution, multiply_bytes};
+const Isa i8mm_isa = {"i8mm", {Simd::tile, Simd::tile}, Simd::tile, 0, tokens_at_once, pack, multiply, &convolution, multiply_bytes};
 
 }  // namespace paredown

@@ -14,7 +14,7 @@
 namespace paredown {
 
 /* Without sdot a sum takes two registers, so that half as wide a tile fits. */
-const Isa neon_isa = {"neon", {Simd::tile, Simd::tile / 2}, Simd::tile, tokens_at_once, pack, multiply, &convolution,
+const Isa neon_isa = {"neon", {Simd::tile, Simd::tile / 2}, Simd::tile, 0, tokens_at_once, pack, multiply, &convolution,
                       multiply_bytes};
 
 }  // namespace paredown

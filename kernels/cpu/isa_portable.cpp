@@ -7,7 +7,7 @@
 
 namespace paredown {
 
-const Isa portable_isa = {"portable", {Simd::tile, Simd::tile}, Simd::tile, tokens_at_once, pack, multiply, &convolution,
+const Isa portable_isa = {"portable", {Simd::tile, Simd::tile}, Simd::tile, 0, tokens_at_once, pack, multiply, &convolution,
                           multiply_bytes};
 
 }  // namespace paredown

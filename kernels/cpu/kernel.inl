@@ -3,7 +3,8 @@
  * Up to `Simd::direct` tokens, words of R blocks of 16 rows are decoded in registers right before they are multiplied.
  * More tokens share the decode: a run (exact mode: a chunk) of R blocks goes to a buffer in the first cache, and every
  * tile of tokens is multiplied by it. With PAREDOWN_EXACT_TILE exact mode decodes words of up to 4 bits in registers for
- * every tile of so many tokens anew, one block at once: products wait for FMA units, and the decode uses the others.
+ * every tile of so many tokens anew, one block at once: products wait for FMA units, and the decode uses the others
+ * (with PAREDOWN_EXACT_TOKENS: calls of so many at most).
  *
  *   BITS  width of the codes, 0 for 8 bits without a table
  *   T     tokens of a tile          R  blocks of 16 rows
@@ -220,6 +221,11 @@ void direct_exact(const Weight &weight, const Packed &packed, int64_t block, flo
   }
 }
 
+#ifdef PAREDOWN_EXACT_HALVES /* the file that includes this defines them behind it */
+template <int BITS, int T>
+void halves_exact(const Weight &weight, const Packed &packed, int64_t block, float *totals);
+#endif
+
 /* --- decoded to a buffer --- */
 
 /* Decode `steps` steps: [quad][block] units of table bytes. */
@@ -413,16 +419,23 @@ void buffered_exact(const Weight &weight, const Packed &packed, int64_t block, c
 #ifdef PAREDOWN_EXACT_TILE
 /* 1024 x 1024, 4 bits, 8 and 16 tokens: 148 and 297 us, from a buffer 190 and 340; pairs of blocks spill (Zen 4). */
 constexpr int exact_tile = PAREDOWN_EXACT_TILE;
+#ifdef PAREDOWN_EXACT_TOKENS
+constexpr int exact_tokens = PAREDOWN_EXACT_TOKENS;
+#else
+constexpr int exact_tokens = INT32_MAX;
+#endif
 inline bool exact_by_tile(int mode, int bits) { return may_decode_by_tile(mode, bits); }
 #else
-constexpr int exact_tile = Simd::direct;
+constexpr int exact_tile = Simd::direct, exact_tokens = Simd::direct;
 inline bool exact_by_tile(int, int) { return false; }
 #endif
 
 /* `bits` 0 to 8, as BITS. */
 template <int R>
 inline bool is_direct(int mode, int bits, const Tiles &tiles) {
-  if (R == 1 && exact_by_tile(mode, bits)) return tiles.width + (tiles.wide > 0) <= exact_tile;
+  if (R == 1 && exact_by_tile(mode, bits) && tile_start(tiles, tiles.count) <= exact_tokens) {
+    return tiles.width + (tiles.wide > 0) <= exact_tile;
+  }
   return bits <= 4 && tiles.count == 1 && tiles.width <= Simd::direct;
 }
 
@@ -434,6 +447,11 @@ void add_direct(int mode, const Weight &weight, const Packed &packed, int64_t bl
     if constexpr (T <= Simd::direct) {
       if (mode == PAREDOWN_INT8) direct_int8<BITS, T, R>(weight, packed, block, totals);
     }
+#ifdef PAREDOWN_EXACT_HALVES
+    if constexpr (Simd::by_halves(T)) {
+      if (mode == PAREDOWN_EXACT) return halves_exact<BITS, T>(weight, packed, block, totals);
+    }
+#endif
     if (mode == PAREDOWN_EXACT) direct_exact<BITS, T, R>(weight, packed, block, totals);
   });
 }

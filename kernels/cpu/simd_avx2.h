@@ -14,6 +14,13 @@
 namespace paredown {
 namespace {
 
+template <int N>
+__m256i right_by(__m256i x) {
+  if constexpr (N == 0) return x;
+  if constexpr (N > 0) return _mm256_srli_epi32(x, N);
+  return _mm256_slli_epi32(x, N < 0 ? -N : 0);
+}
+
 struct Simd {
   struct I { /* a unit, or an int32 for each row */
     __m256i a, b;
@@ -34,6 +41,10 @@ struct Simd {
   static constexpr int blocks = 1; /* row blocks at once */
   static constexpr int direct = 4; /* tokens up to which words are decoded in registers */
   static constexpr int tile = 6;   /* tokens at once: 12 accumulators of 16 registers */
+#define PAREDOWN_EXACT_TILE 8      /* see kernel.inl */
+#define PAREDOWN_EXACT_TOKENS 8
+#define PAREDOWN_EXACT_HALVES      /* see kernel_avx2.inl */
+  static constexpr bool by_halves(int tokens) { return tokens > 2; }
 
   static __m256i part(const void *p, int i) { return _mm256_loadu_si256(static_cast<const __m256i *>(p) + i); }
   static I load(const void *p) { return {part(p, 0), part(p, 1)}; }
@@ -47,9 +58,7 @@ struct Simd {
   static I bit_or(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
   template <int N>
   static I right(I x) {
-    if constexpr (N == 0) return x;
-    if constexpr (N > 0) return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
-    return {_mm256_slli_epi32(x.a, N < 0 ? -N : 0), _mm256_slli_epi32(x.b, N < 0 ? -N : 0)};
+    return {right_by<N>(x.a), right_by<N>(x.b)};
   }
   /* The low bytes of four integers of each row, side by side. */
   static I words_of(const I (&v)[4]) {
