@@ -72,7 +72,9 @@ def test_products_are_within_the_bound_of_float64(programs: tuple[Path, Path], t
     found = run([str(programs[0])], cases, tmp_path)
     assert list(misses(cases, found)) == []
     for case, avxvnni, avx2 in zip(cases, found["avxvnni"], found["avx2"], strict=True):
-        assert case.mode != INT8 or np.array_equal(avxvnni, avx2), f"sums are exact, and are scaled in one order: {case}"
+        assert case.mode != INT8 or np.array_equal(avxvnni, avx2), (
+            f"sums are exact, and are scaled in one order: {case}"
+        )
 
 
 def test_convolutions_are_within_the_bound_of_float64(programs: tuple[Path, Path], tmp_path: Path) -> None:
