@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -39,6 +40,8 @@ def numbers(spec: LutSpec) -> tuple[Sizes, Grid]:
 @functools.lru_cache(maxsize=4096)
 def read_spec(sizes: Sizes, grid: Grid) -> LutSpec:
     """Return what `numbers` was made of."""
+    if len(sizes) != 5 or len(grid) != 2:
+        raise ValueError(f"sizes={sizes}, grid={grid}: must be n, k, bits, group, table_rows and zero, unit")
     n, k, bits, group, table_rows = sizes
     zero, unit = grid
     return LutSpec(n=n, k=k, bits=bits, group=group, table_rows=table_rows, zero=zero, unit=unit)
@@ -52,6 +55,13 @@ def check_parts(name: str, parts: LutParts, spec: LutSpec, mode: Mode = "exact")
             raise ValueError(f"{name}{part} is {have}, must be {' or '.join(map(str, dtypes))} {shape}")
     if reason := _refusal(spec, mode, parts.table.dtype):
         raise ValueError(f"{name.partition(':')[0]}: {reason}")
+
+
+def check_place(name: str, first: Tensor, others: Iterable[Tensor | None]) -> None:
+    """Raise ValueError where tensors are on other devices than the first, whose device computes."""
+    for tensor in others:
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name}: tensors are on {first.device} and {tensor.device}, must be on one device")
 
 
 def pointer(parts: LutParts, spec: LutSpec) -> Any:

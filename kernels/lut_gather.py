@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import lut_reference, native
-from .lut_arguments import FLOAT_TYPES, PARTS, WEIGHT, check_parts, numbers, pointer, read_spec, tensors
+from .lut_arguments import FLOAT_TYPES, PARTS, WEIGHT, check_parts, check_place, numbers, pointer, read_spec, tensors
 from .lut_linear import keep_types
 from .lut_spec import LutParts, LutSpec
 from .onnx_ops import DOMAIN
@@ -91,6 +91,7 @@ def _arguments(
     check_parts("lut_gather: ", parts, spec)
     if indices.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"lut_gather: indices are {indices.dtype}, must be torch.int64 or torch.int32")
+    check_place("lut_gather", indices, tensors(parts))
     return parts, spec, rest[0] if rest else torch.float32
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from . import lut_reference, native
-from .lut_arguments import FLOAT_TYPES, PARTS, WEIGHT, check_parts, numbers, pointer, read_spec, tensors
+from .lut_arguments import FLOAT_TYPES, PARTS, WEIGHT, check_parts, check_place, numbers, pointer, read_spec, tensors
 from .lut_spec import ACTIVATIONS, MODES, Activation, LutParts, LutSpec, Mode
 from .onnx_ops import DOMAIN
 
@@ -217,8 +217,10 @@ def _check(call: Call) -> None:
         raise ValueError(f"lut_linear: x is {tuple(x.shape)}, the weight ({spec.n}, {spec.k}) takes {spec.k} columns")
     if call.mode not in MODES or call.activation not in ACTIVATIONS:
         raise ValueError(f"lut_linear: no mode {call.mode!r} with activation {call.activation!r}")
+    check_place("lut_linear", x, (*tensors(call.parts), call.bias))
     _check_like("bias", call.bias, x, (spec.n,))
     if low is not None:
+        check_place("lut_linear", x, (low.t, *tensors(low.parts)))
         _check_like("t", low.t, x, (*x.shape[:-1], low.spec.k))
         if low.spec.n != spec.n:
             raise ValueError(f"lut_linear: the left factor has {low.spec.n} rows, the weight {spec.n}")

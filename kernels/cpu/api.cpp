@@ -36,6 +36,9 @@ Scratch lay_out(const paredown_linear &call, const Weight &weight, const Weight 
   return scratch;
 }
 
+/* Whether the inputs of m rows are so few that no count of their bytes overflows. */
+bool fits_scratch(int64_t m, const Weight &weight) { return m <= (int64_t{1} << 48) / (weight.steps * STEP); }
+
 bool is_whole_byte(float zero) { return zero >= 0.0f && zero <= 255.0f && std::floor(zero) == zero; }
 
 int32_t read_call(const paredown_linear &call, Linear &out) {
@@ -47,11 +50,13 @@ int32_t read_call(const paredown_linear &call, Linear &out) {
   if (call.activation < PAREDOWN_NONE || call.activation > PAREDOWN_SILU) return PAREDOWN_BAD_CALL;
   if (call.type != PAREDOWN_F32 && call.type != PAREDOWN_F16 && call.type != PAREDOWN_BF16) return PAREDOWN_BAD_CALL;
   if (call.m < 0 || (call.m > 0 && (call.x == nullptr || call.y == nullptr))) return PAREDOWN_BAD_CALL;
+  if (!fits_scratch(call.m, out.weight)) return PAREDOWN_BAD_CALL;
   if (call.m > 1 && (call.x_stride < 0 || call.y_stride < call.weight->n)) return PAREDOWN_BAD_CALL;
   out.low.given.n = 0;
   if (call.low == nullptr) return call.low_x == nullptr ? PAREDOWN_OK : PAREDOWN_BAD_CALL;
   if (!read_weight(call.low, out.low)) return PAREDOWN_BAD_WEIGHT;
   if (call.low->n != call.weight->n) return PAREDOWN_BAD_WEIGHT;
+  if (!fits_scratch(call.m, out.low)) return PAREDOWN_BAD_CALL;
   return call.m > 0 && (call.low_x == nullptr || call.low_stride < 0) ? PAREDOWN_BAD_CALL : PAREDOWN_OK;
 }
 
@@ -166,6 +171,7 @@ size_t paredown_scratch(const paredown_linear *call) {
   if (call == nullptr || call->m < 1 || !paredown::read_sizes(call->weight, weight)) return 0;
   const bool has_low = call->low != nullptr;
   if (has_low && !paredown::read_sizes(call->low, low)) return 0;
+  if (!paredown::fits_scratch(call->m, weight) || (has_low && !paredown::fits_scratch(call->m, low))) return 0;
   return paredown::lay_out(*call, weight, has_low ? &low : nullptr).bytes;
 }
 

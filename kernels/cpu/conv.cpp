@@ -200,8 +200,15 @@ bool is_sane(const paredown_conv &call) {
   return call.channels > 0;
 }
 
+/* Whether the images with their pads, which scratch holds, are so small that no count of their bytes overflows. */
+bool fits_scratch(const paredown_conv &call) {
+  const int64_t rows = call.height + call.pad[0] + call.pad[2];
+  const int64_t columns = call.width + call.pad[1] + call.pad[3] + call.stride[1] + ROWS;
+  return rows <= (int64_t{1} << 44) / (call.batch + 1) / (call.channels + 3) / columns;
+}
+
 int32_t read_sizes_of(const paredown_conv &call, Weight &out) {
-  if (!is_sane(call)) return PAREDOWN_BAD_CALL;
+  if (!is_sane(call) || !fits_scratch(call)) return PAREDOWN_BAD_CALL;
   if (!read_sizes(call.weight, out)) return PAREDOWN_BAD_WEIGHT;
   const int64_t taps = call.kernel[0] * call.kernel[1];
   if (out.groups != 1 || out.given.k > most_inputs || out.given.k != taps * ceil_div(call.channels, 4) * 4)

@@ -24,7 +24,7 @@ struct ApiBase {
 
 struct Allocator {
   uint32_t version;
-  void *(*allocate)(Allocator *self, size_t bytes);
+  void *(*allocate)(Allocator *self, size_t bytes); /* throws where there is no memory: `allocate` below does not */
   void (*release)(Allocator *self, void *pointer);
 };
 
@@ -76,6 +76,7 @@ inline constexpr Call<249, Status *(const Info *, size_t index, int *is_constant
 inline constexpr Call<278, Status *(const Info *, MemoryType, Allocator **)> create_allocator;
 inline constexpr Call<132, void(Allocator *)> release_allocator;
 
+inline constexpr Call<75, Status *(Allocator *, size_t bytes, void **)> allocate;
 inline constexpr Call<77, Status *(const Allocator *, const MemoryInfo **)> allocator_memory;
 inline constexpr Call<72, Status *(const MemoryInfo *, int *device)> memory_device;
 inline constexpr Call<125, Status *(char ***names, int *count)> available_providers;

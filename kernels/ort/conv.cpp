@@ -9,8 +9,6 @@ namespace {
 
 enum Input : size_t { kX = 0, kCodes = 1, kBias = 4 };
 
-constexpr size_t kAligned = 64;
-
 class Conv {
  public:
   explicit Conv(const ConvOperator &described) noexcept
@@ -115,12 +113,9 @@ Status *Conv::run(Context *context, paredown_conv *call) noexcept {
   call->threads = team_.size();
   if (call->threads > 1) call->parallel = Pool::run, call->parallel_context = &pool;
   call->scratch_bytes = paredown_conv_scratch(call);
-  void *memory = allocator_->allocate(allocator_, call->scratch_bytes + kAligned);
-  if (!memory) return node_.fail("no memory for %zu bytes of scratch", call->scratch_bytes);
-  const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
-  call->scratch = reinterpret_cast<void *>((address + kAligned - 1) / kAligned * kAligned);
+  Scratch memory(allocator_);
+  PAREDOWN_TRY(memory.take(node_, call->scratch_bytes, &call->scratch));
   const int32_t status = paredown_run_conv(call);
-  allocator_->release(allocator_, memory);
   if (status != PAREDOWN_OK) return node_.fail("%s", paredown_message(status));
   team_.saw(pool.threads());
   return nullptr;

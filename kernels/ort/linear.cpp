@@ -8,7 +8,6 @@ namespace {
 
 /* Scratch up to this size is on the stack: enough for one row of 8192 inputs in int8 mode. */
 constexpr size_t kOnStack = 16384;
-constexpr size_t kAligned = 64;
 
 class Linear {
  public:
@@ -69,17 +68,12 @@ Status *Linear::run(Context *context, paredown_linear *call) noexcept {
   call->threads = team_.size();
   if (call->threads > 1) call->parallel = Pool::run, call->parallel_context = &pool;
   call->scratch_bytes = paredown_scratch(call);
-  alignas(kAligned) unsigned char small[kOnStack];
-  void *large = nullptr;
+  alignas(64) unsigned char small[kOnStack];
+  Scratch large(allocator_);
   call->scratch = small;
-  if (call->scratch_bytes > sizeof small) {
-    large = allocator_->allocate(allocator_, call->scratch_bytes + kAligned);
-    if (!large) return all_.node.fail("no memory for %zu bytes of scratch", call->scratch_bytes);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(large);
-    call->scratch = reinterpret_cast<void *>((address + kAligned - 1) / kAligned * kAligned);
-  }
+  if (call->scratch_bytes > sizeof small)
+    PAREDOWN_TRY(large.take(all_.node, call->scratch_bytes, &call->scratch));
   const int32_t status = paredown_run_linear(call);
-  if (large) allocator_->release(allocator_, large);
   if (status != PAREDOWN_OK) return all_.node.fail("%s", paredown_message(status));
   team_.saw(pool.threads());
   return nullptr;

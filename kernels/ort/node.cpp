@@ -204,6 +204,18 @@ Status *Weight::attach(const Node &node, int part, const Tensor &tensor, paredow
   return nullptr;
 }
 
+Status *Scratch::take(const Node &node, size_t bytes, void **start) noexcept {
+  constexpr size_t aligned = 64;
+  if (Status *status = allocate(node.api(), allocator_, bytes + aligned, &memory_)) {
+    release_status(node.api(), status);
+    memory_ = nullptr;
+  }
+  if (!memory_) return node.fail("no memory for %zu bytes of scratch", bytes);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory_);
+  *start = reinterpret_cast<void *>((address + aligned - 1) / aligned * aligned);
+  return nullptr;
+}
+
 void infer_sizes(const Api *api, InferContext *context, const char *width, size_t dropped) noexcept {
   // onnxruntime drops what this returns, and a shape that is missing is no error: sizes are known when the node runs.
   static std::atomic<uint64_t> unnamed{0};

@@ -112,6 +112,22 @@ class Pool {
   void *argument_ = nullptr;
 };
 
+/* Memory for one run, aligned to 64 bytes. */
+class Scratch {
+ public:
+  explicit Scratch(Allocator *allocator) noexcept : allocator_(allocator) {}
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  ~Scratch() {
+    if (memory_) allocator_->release(allocator_, memory_);
+  }
+  Status *take(const Node &node, size_t bytes, void **start) noexcept;
+
+ private:
+  Allocator *const allocator_;
+  void *memory_ = nullptr;
+};
+
 /* paredown's number of a type, -1 where it has none. */
 int32_t paredown_type_of(Type type) noexcept;
 

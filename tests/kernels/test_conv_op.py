@@ -114,6 +114,7 @@ def test_the_kernel_takes_sizes_from_each_run_and_names_what_it_refuses() -> Non
         ({"pad_left": -1}, "none of an int8 convolution"),
         ({"stride_h": 0}, "none of an int8 convolution"),
         ({"channels": 30}, "none of an int8 convolution"),
+        (dict.fromkeys(("pad_top", "pad_left", "stride_h", "stride_w"), 2**31), "none of an int8 convolution"),
         ({"layout": "rows"}, 'layout "rows" has no kernel'),
         ({"bits": 3}, "this operator is for 1, 2, 4 and 8 bits"),
         ({"group": 16}, "codes has|is no weight|none of an int8 convolution"),

@@ -258,6 +258,7 @@ WRONG_CALLS: list[dict[str, object]] = [
     {"type": U8},
     *({name: None} for name in ("x", "y", "scratch")),
     *({name: -1} for name in ("m", "x_stride")),
+    *({"m": m} for m in (2**40, 2**56, 2**62)),
     {"y_stride": 3},
     {"scratch_bytes": 64},
     {"low_x": 64},
@@ -272,6 +273,14 @@ def test_a_call_that_does_not_fit_is_refused(changes: dict[str, object], wanted:
     base = call(n=20, k=300, bits=4, m=2)
     assert status(base) == OK
     assert status(base, **changes) == wanted, changes
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("m", [2**45, 2**56, 2**62, 2**63 - 1])
+def test_rows_whose_bytes_overflow_take_no_scratch(m: int) -> None:
+    linear = call(n=20, k=300, bits=4, m=2).linear(np.zeros((2, 20), np.float32))
+    linear.m = m
+    assert native.library().paredown_scratch(ctypes.byref(linear)) == 0
 
 
 @pytest.mark.usefixtures("library")

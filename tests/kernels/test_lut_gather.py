@@ -74,6 +74,7 @@ BAD: list[tuple[type[Exception], str, torch.Tensor, dict[str, Any]]] = [
     (IndexError, "indices -1 to 2, the weight has 33 rows", torch.tensor([-1, 2]), {}),
     (ValueError, "indices are torch.float32, must be torch.int64 or torch.int32", torch.zeros(2), {}),
     (ValueError, r"lut_gather: table is torch.uint8 \(1,\)", torch.tensor(0), {"table": torch.zeros(1).byte()}),
+    (ValueError, "tensors are on meta and cpu, must be on one device", torch.tensor(0, device="meta"), {}),
 ]
 
 

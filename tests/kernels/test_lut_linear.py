@@ -247,6 +247,25 @@ def test_bad_arguments_are_named(text: str, change: dict[str, Any]) -> None:
         lut_linear(change.get("x", torch.zeros(2, 30)), LutParts(**parts), spec, low=low, **rest)
 
 
+@pytest.mark.parametrize("part", ["x", "bias", "t", *PARTS])
+def test_tensors_of_two_devices_are_refused(part: str) -> None:
+    """Kernels read addresses: of a tensor that is elsewhere they would read anything."""
+    spec = SPECS[1]
+    weight, left = case(spec), case(LutSpec(n=spec.n, k=5, bits=8, zero=1.0))
+    given = {"x": torch.zeros(2, 30), "bias": torch.zeros(33), "t": torch.zeros(2, 5)}
+    given |= dict(zip(PARTS, tensors(weight.parts), strict=True))
+    given[part] = given[part].to("meta")
+    low = LowRank(t=given["t"], parts=left.parts, spec=left.spec)
+    with pytest.raises(ValueError, match=r"tensors are on (cpu and meta|meta and cpu), must be on one device"):
+        lut_linear(given["x"], LutParts(**{name: given[name] for name in PARTS}), spec, bias=given["bias"], low=low)
+
+
+def test_numbers_that_are_missing_are_named() -> None:
+    parts = tensors(case(SPECS[1]).parts)
+    with pytest.raises(ValueError, match=r"sizes=\(33, 30\), grid=\(0.0, 1.0\): must be n, k, bits, group, table_rows"):
+        torch.ops.paredown.lut_linear(torch.zeros(2, 30), *parts, [33, 30], [0.0, 1.0])
+
+
 def test_bad_weights_are_named() -> None:
     with pytest.raises(ValueError, match="bits=9 is out of range; use 1 to 8"):
         LutSpec(n=1, k=1, bits=9)

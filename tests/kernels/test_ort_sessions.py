@@ -79,6 +79,27 @@ print(anonymous() - before)
 """
 
 
+STARVED = """
+import resource
+import sys
+import numpy as np
+import onnxruntime
+
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+options.register_custom_ops_library(sys.argv[2])
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+feeds = {"x": np.ones((2000, 4096), np.float32), "t": np.zeros((2000, 1), np.float32)}
+with open("/proc/self/statm") as sizes:
+    held = int(sizes.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 2**29, held + 2**29))
+try:
+    session.run(None, feeds)
+except Exception as error:
+    print(error)
+"""
+
+
 def block(product: onnx.NodeProto, tensors: list[onnx.TensorProto], n: int, k: int) -> onnx.ModelProto:
     """Return x -> product -> + residual -> layer norm as exporters write it, in sizes (batch, length, ..)."""
     f = TensorProto.FLOAT
@@ -224,6 +245,15 @@ def test_weights_stay_in_the_file(library: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(path), str(library)]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown < size / 4, f"{grown} bytes of memory for {size} bytes of weights"
+
+
+def test_a_lack_of_memory_is_an_error_of_the_node(library: Path, tmp_path: Path) -> None:
+    """onnxruntime's allocator throws, which must not end the process. A group of 1 input takes a step of 32."""
+    one = layer(Case(spec=LutSpec(n=1, k=4096, bits=4, group=1, zero=128.0)))
+    onnx.save(linear_model([one]), tmp_path / "model.onnx")
+    command = [sys.executable, "-c", STARVED, str(tmp_path / "model.onnx"), str(library)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f'paredown::LutLinear "l0_node": no memory for {2000 * 4096 * 32 * 4} bytes of scratch' in said
 
 
 def test_the_library_stays_when_its_last_session_goes(library: Path) -> None:
