@@ -7,6 +7,8 @@ for it. Scratch and outputs are filled with "not a number" before each call (tor
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +37,8 @@ KINDS: tuple[tuple[torch.dtype, Mode], ...] = (
 )
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 REPEATS = 100
+CASE_SECONDS = 90.0
+"""Far more than a check should take, with what NVRTC compiles for it; compute-sanitizer has a limit of its own."""
 EVERY = 13
 """Each so manyth case is repeated and captured: prime, so that every width, group and kind comes up."""
 
@@ -107,16 +111,18 @@ def cases(*, small: bool) -> list[Case]:
 def run(*, small: bool, device: str = "cuda") -> Iterator[Outcome]:
     """Make all checks, one outcome after the other."""
     chosen = cases(small=small)
+    jobs: list[tuple[Case, Callable[[Problem], Outcome]]] = [(case, check) for case in chosen]
+    if not small:
+        jobs += [(case, make) for case in chosen[::EVERY] for make in (repeat, replay)]
+        jobs += [(chosen[0], place), (chosen[0], operator)]
     with _poisoned():
-        for case in chosen:
-            yield _guarded(case, device, check)
-        if small:
-            return
-        for case in chosen[::EVERY]:
-            for make in (repeat, replay):
-                yield _guarded(case, device, make)
-        for make in (place, operator):
-            yield _guarded(chosen[0], device, make)
+        for i, (case, make) in enumerate(jobs):
+            outcome = _guarded(case, device, make)
+            yield outcome
+            if outcome.failure and not _alive(device):
+                left = f"the GPU answers no longer: {len(jobs) - i - 1} checks were not made"
+                yield Outcome(name="all that follows", worst=None, failure=left)
+                return
 
 
 def check(problem: Problem) -> Outcome:
@@ -271,10 +277,38 @@ def device_fingerprint() -> dict[str, object]:
 
 def _guarded(case: Case, device: str, make: Callable[[Problem], Outcome]) -> Outcome:
     """Return what a check found; an error of the kernels or of torch is a failure of that check."""
+    name = f"{case.name}: {make.__name__}"
     try:
-        return make(draw(case, device))
-    except (RuntimeError, ValueError) as error:
-        return Outcome(name=f"{case.name}: {make.__name__}", worst=None, failure=f"{type(error).__name__}: {error}")
+        with _watched(name):
+            return make(draw(case, device))
+    except Exception as error:  # opcheck has errors of its own; whatever it is, the other checks have their turn
+        return Outcome(name=name, worst=None, failure=f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def _watched(name: str) -> Iterator[None]:
+    """Say what was being checked and end the process if it takes too long: nothing else ends a kernel that hangs."""
+
+    def end() -> None:
+        print(f"FAILED {name}: not finished in {CASE_SECONDS:.0f} s, does a kernel hang?", flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(CASE_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _alive(device: str) -> bool:
+    """Tell whether the GPU still works: after an illegal access every later call of this process fails."""
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _case(
