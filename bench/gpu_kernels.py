@@ -204,7 +204,9 @@ def _table(report: dict[str, object], until: float) -> Iterator[str]:
 
     table = gpu_table.measure(until)
     report["table"] = table.document()
-    yield from (gpu_table.line(row) for row in table.rows)
+    for row in table.rows:
+        wrong = row.column.startswith("ours") and not row.error <= gpu_table.MOST_ERROR
+        yield f"{'FAILED: ' if wrong else ''}{gpu_table.line(row)}"
     for name, why in table.absent.items():
         yield f"{'FAILED: ' if name.startswith('ours') else ''}without {name}: {why}"
     yield from gpu_table.verdicts(table)

@@ -33,6 +33,8 @@ ROUNDS, LEAST_CALLS = 15, 16
 OVER_L2 = 4
 SECONDS = 240.0
 """After so long no further batch is begun, which leaves time for compute-sanitizer in 10 minutes."""
+MOST_ERROR = 1e-2
+"""What products by our kernels may be off, |y - x W^T| / |x W^T|; those of bytes are furthest off."""
 BARS = {4: 70.0, 3: 60.0, 2: 50.0}
 """Percent of the ceiling wanted at 8192 x 28672 for batches up to 16, by bits."""
 

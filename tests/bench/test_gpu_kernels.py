@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paredown.bench import gpu_check, gpu_kernels, gpu_table
 from paredown.kernels.cuda import call, launch
+from paredown.kernels.cuda.sources import LINEAR
 
 from ..kernels.cuda_emulation import Emulator
 
@@ -58,7 +59,7 @@ def test_the_dry_run_compiles_and_lists_without_a_gpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_kernels, "DRY_UNITS", ("prepare.cu",))
     lines = list(gpu_kernels.main(["--dry-run"]))
     assert any(line.startswith("prepare.cu") for line in lines)
-    assert sum(line.startswith("check ") for line in lines) == len(gpu_check.cases(small=False)) == 360
+    assert sum(line.startswith("check ") for line in lines) == len(gpu_check.cases(small=False)) == 450
     assert sum(line.startswith("measure ") for line in lines) == len(gpu_table.SHAPES)
     assert not any(line.startswith("FAILED") for line in lines)
 
@@ -73,7 +74,7 @@ def test_the_script_runs_where_neither_paredown_nor_jaxtyping_is_installed(tmp_p
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "360 weights to check" in done.stdout
+    assert "450 weights to check" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["--check"], ["--bench"], ["--sanitize"]])
@@ -129,6 +130,7 @@ def test_a_table_without_cublas_or_one_of_ours_is_written_and_said(
     lines = list(gpu_kernels.main(["--bench"]))
     assert "FAILED: without ours 3 bits float16: RuntimeError: no" in lines
     assert "without GemLite 4 bits: ModuleNotFoundError: no" in lines
+    assert any(line.startswith("FAILED: 8192 x 28672, m = 1") and line.endswith("error inf") for line in lines)
     assert [json.loads(pretended.read_text())["table"]["rows"][0][name] for name in ("ratio", "error")] == [None, None]
 
 
@@ -172,12 +174,32 @@ def test_every_width_group_and_kind_meets_every_batch() -> None:
     assert len({case.name for case in cases}) == len(cases)
     everywhere = {(c.spec.bits, c.spec.group, c.dtype, c.mode) for c in cases if c.rows == tuple(range(1, 301))}
     assert len(everywhere) == len(gpu_check.BITS) * len(gpu_check.GROUPS) * len(gpu_check.KINDS)
+    kinds = {(c.spec.bits, c.dtype, c.mode) for c in cases}
+    assert len({(c.activation, *kind) for c in cases for kind in [(c.spec.bits, c.dtype, c.mode)]}) == 5 * len(kinds)
     repeated = cases[:: gpu_check.EVERY]
     assert {(c.dtype, c.mode) for c in repeated} == set(gpu_check.KINDS)
     assert {c.spec.bits for c in repeated} == set(gpu_check.BITS)
     for case in cases:
         table = torch.float16 if case.halves else torch.uint8
         assert call.refusal(case.spec, case.mode, case.dtype, table) == ""
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_every_form_of_every_unit_is_checked_on_a_large_gpu(small: bool) -> None:
+    """On 132 multiprocessors, an H200, no layer of 4096 rows takes blocks of 32."""
+    started, cut = set(), False
+    for case in gpu_check.cases(small=small):
+        kind = launch.kind_of(case.spec, torch.float16 if case.halves else torch.uint8, case.dtype, case.mode)
+        assert kind is not None
+        for m in case.rows:
+            if kind == "s8" or m <= launch.TILE_M:
+                form = launch.choose(case.spec, m, 132)
+                started.add((form.name, kind if not small else "", case.spec.bits))
+                cut |= launch.splits(case.spec, m, form, 132) > 1
+    kinds = [("", bits) for bits in gpu_check.BITS] if small else LINEAR
+    wanted = {(form.name, kind, bits) for form in launch.FORMS for kind, bits in kinds}
+    assert started == wanted
+    assert cut is not small
 
 
 @pytest.mark.parametrize("mode", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
@@ -223,7 +245,7 @@ def test_after_the_gpu_was_lost_no_check_is_made(monkeypatch: pytest.MonkeyPatch
     found = list(gpu_check.run(small=True, device="cpu"))
     assert [outcome.failure for outcome in found] == [
         failed.failure,
-        "the GPU answers no longer: 29 checks were not made",
+        "the GPU answers no longer: 38 checks were not made",
     ]
 
 
