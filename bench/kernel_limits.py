@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import pointer
+from pathlib import Path
 
 import numpy as np
 
@@ -23,10 +24,23 @@ CACHE_BYTES = 28 << 10
 PRODUCTS = 1 << 26
 """Of bytes in one call: about 0.3 ms where vpdpbusd multiplies 64 pairs a cycle."""
 
-Timed = Callable[[], object]
+Timed = tuple[Callable[[], object], float]
+"""A call, and how much it does: weights, products, bytes."""
 
 
-def resident(form: Form, k: int) -> tuple[Timed, float]:
+def buffer(size: int, threads: int) -> Timed:
+    """Return a call that reads a buffer of this size, 64 KiB at least, and its bytes."""
+    held = np.ones(max(size, 1 << 16), np.uint8)
+    return lambda: native.read(held.ctypes.data, held.nbytes, threads), float(held.nbytes)
+
+
+def mapped(path: Path, threads: int) -> Timed:
+    """Return a call that reads a file, mapped, and its bytes."""
+    held = np.memmap(path, np.uint8, "r")
+    return lambda: native.read(held.ctypes.data, held.nbytes, threads), float(held.nbytes)
+
+
+def resident(form: Form, k: int) -> Timed:
     """Return a call that multiplies one token by the same 16 rows again and again, and its number of weights.
 
     The inputs are rounded once a call; a row has k inputs or as many as leave all of it in the first cache.
@@ -58,6 +72,6 @@ def resident(form: Form, k: int) -> tuple[Timed, float]:
     return run, float(times * spec.n * k)
 
 
-def multiplied() -> tuple[Timed, float]:
+def multiplied() -> Timed:
     """Return a call that multiplies bytes in registers, and how many products that is."""
     return lambda: native.multiply_bytes(PRODUCTS), float(native.multiply_bytes(PRODUCTS))

@@ -36,7 +36,7 @@ class Form:
     group: int = GROUP
     accuracy: int = 4
     mode: Mode = "exact"
-    session: Mapping[str, str] | None = None
+    session: tuple[tuple[str, str], ...] = ()
 
     @property
     def ours(self) -> bool:
@@ -70,8 +70,13 @@ def write(form: Form, chain: Chain, folder: Path) -> Path:
     imports = [helper.make_opsetid(*pair) for pair in (("", OPSET), (MICROSOFT, 1), (DOMAIN, VERSION))]
     model = helper.make_model(graph, opset_imports=imports, ir_version=IR)
     path = folder / f"{form.name.replace(' ', '_')}_{chain.n}x{chain.k}x{chain.layers}.onnx"
-    onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.stem}.data", size_threshold=1024)
+    onnx.save_model(model, str(path), save_as_external_data=True, location=data_of(path).name, size_threshold=1024)
     return path
+
+
+def data_of(path: Path) -> Path:
+    """Return the file of weights beside a model."""
+    return path.with_suffix(".data")
 
 
 def weight_bytes(form: Form, n: int, k: int) -> int:

@@ -4,11 +4,12 @@
     --out DIR   where kernels.json goes; without it nothing is written
 
 A layer is one ONNX node in a session. Every row alternates with the others of its cell (`measure.sample`); GB/s is the
-bytes of codes and scales over the best time, beside what this machine reads in the same run from a buffer of that size
-(warm), or over layers that together exceed the caches (cold).
+bytes of codes and scales over the best time, beside what this machine reads in the same rounds from a buffer of that
+size (warm), or of more than the caches hold, as the layers are together (cold).
 
 Beside our forms stand the limits that were measured in the same rounds (`kernel_limits.py`), in microseconds a layer:
-`bytes_us` (reading), `kernel_us` (the kernel's instructions, on rows that stay in the first cache; one token),
+`bytes_us` (reading; cold: the file of these weights, mapped as onnxruntime maps it, whose pages are smaller than those
+of the buffer), `kernel_us` (the kernel's instructions, on rows that stay in the first cache; one token),
 `products_us` (int8: its byte products at the rate that registers give), and `call_us` (running a session of 16 rows and
 128 inputs, which any layer pays). `limit_us` is the largest of the first three and the last. Several threads are taken
 to be as many times as fast. In exact mode with more than one token reading alone is known.
@@ -21,7 +22,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,15 @@ from ..kernels.lut_reference import decode
 from . import kernel_convs, kernel_limits
 from . import kernel_models as models
 from .environment import fingerprint
+from .kernel_limits import Timed
 from .kernel_models import Chain, Form
-from .measure import Call, Sampling, sample
+from .measure import Call, Samples, Sampling, sample
 
 SHAPES = ((1024, 1024), (4096, 4096))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BITS = (4, 3, 2)
+COLD = (4096, 8192)
+"""Rows and inputs of cold layers: 8192 inputs and the weights of a block do not fit in a first cache together."""
 COLD_BYTES = 320 << 20
 """What the layers of a cold chain hold at least; ten times the last cache of the machines tried."""
 EMPTY_CALLS = 200
@@ -52,7 +56,7 @@ OTHERS = (
     Form(name="MatMulNBits 4b b32", op="MatMulNBits", bits=4, group=32),
     Form(name="MatMulNBits 4b b128 fp32", op="MatMulNBits", bits=4, accuracy=0),
     Form(name="MatMulNBits 2b b128", op="MatMulNBits", bits=2),
-    Form(name="MatMulNBits 2b b64 lut", op="MatMulNBits", bits=2, group=64, session={"mlas.use_lut_gemm": "1"}),
+    Form(name="MatMulNBits 2b b64 lut", op="MatMulNBits", bits=2, group=64, session=(("mlas.use_lut_gemm", "1"),)),
     Form(name="MatMulNBits 8b b128", op="MatMulNBits", bits=8),
     Form(name="MatMulBnb4 b64", op="MatMulBnb4", bits=4, group=64),
     Form(name="DynamicQuantizeMatMul", op="DynamicQuantizeMatMul", bits=8),
@@ -60,7 +64,7 @@ OTHERS = (
 OURS = tuple(Form(name=f"ours {bits}b int8", op="LutLinear", bits=bits, mode="int8") for bits in BITS) + tuple(
     Form(name=f"ours {bits}b exact", op="LutLinear", bits=bits) for bits in BITS
 )
-COLD = (NBITS, *OURS)
+COLD_FORMS = (NBITS, *OURS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,20 +80,26 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Seconds that one weight takes at one token, by form, one product of bytes, one call; one thread."""
+    """Seconds that one weight takes at one token, by form; one product of bytes; one call; one thread each.
+
+    And with the threads of the cell: one byte of a buffer, by its bytes, and one of a form's file (cold only).
+    """
 
     kernel: Mapping[Form, float]
     product: float
     call: float
+    buffer: Mapping[int, float]
+    file: Mapping[Form, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options().parse_args(arguments)
     shapes = ((4096, 4096),) if options.quick else SHAPES
     tokens = (1, 8, 64) if options.quick else TOKENS
+    cold = (4096,) if options.quick else COLD
     threads = (1,) if options.quick else (1, 2)
     rows: list[dict[str, Any]] = []
-    for cell in _cells(shapes, tokens, threads):
+    for cell in [*_cells(shapes, tokens, threads), *_cold_cells(cold, threads)]:
         found = list(measured(cell, cell_forms(cell), options.seconds))
         rows += found
         _show(cell, found)
@@ -110,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def cell_forms(cell: Cell) -> tuple[Form, ...]:
     """Return what is compared in a cell: everything at one token, the nearest rivals at more."""
     if cell.layers > 1:
-        return COLD
+        return COLD_FORMS
     return (DENSE, NBITS, *OTHERS, *OURS) if cell.m == 1 else (DENSE, NBITS, *OURS)
 
 
@@ -118,19 +128,16 @@ def measured(cell: Cell, forms: Sequence[Form], seconds: float) -> Iterator[dict
     """Yield a row per form: microseconds per layer, and GB/s of weight bytes beside the machine's."""
     x = np.random.default_rng(0).standard_normal((cell.m, cell.k), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        calls = [_call(form, cell, Path(folder), x) for form in forms]
-        resident = {form: kernel_limits.resident(form, cell.k) for form in forms if form.ours and cell.m == 1}
-        timed = [*resident.values(), kernel_limits.multiplied(), _empty_call(cell, Path(folder))]
-        limits = Sampling(
-            min_seconds=seconds, min_count=10, max_seconds=20 * seconds, min_rounds=8, warmup_seconds=seconds
-        )
-        samples = sample([*calls, *(call for call, _ in timed)], limits)
-    least = [float(times.min()) / count for times, (_, count) in zip(samples.seconds[len(forms) :], timed, strict=True)]
-    rates = Rates(kernel=dict(zip(resident, least, strict=False)), product=least[-2], call=least[-1])
+        chain = Chain(n=cell.n, k=cell.k, layers=cell.layers)
+        paths = [models.write(form, chain, Path(folder)) for form in forms]
+        calls = [_call(form, path, cell.threads, x) for form, path in zip(forms, paths, strict=True)]
+        ours = {form: path for form, path in zip(forms, paths, strict=True) if form.ours}
+        sizes = {_buffer_bytes(form, cell) for form in forms}
+        samples, rates = _sample(calls, cell, ours, sizes, seconds)
     for form, times in zip(forms, samples.seconds, strict=False):
         size = models.weight_bytes(form, cell.n, cell.k)
         best, middle = float(times.min()) / cell.layers, float(np.median(times)) / cell.layers
-        read = read_gb_per_s(size if cell.layers == 1 else COLD_BYTES, cell.threads)
+        read = 1e-9 / rates.buffer[_buffer_bytes(form, cell)]
         yield (
             asdict(cell)
             | {
@@ -142,15 +149,43 @@ def measured(cell: Cell, forms: Sequence[Form], seconds: float) -> Iterator[dict
                 "weight_bytes": size,
                 "gb_per_s": size / best / 1e9,
                 "read_gb_per_s": read,
+                "file_gb_per_s": 1e-9 / rates.file[form] if form in rates.file else None,
                 "waited": samples.waited,
             }
-            | (_limits(form, cell, rates, size / read / 1e3) if form.ours else {})
+            | (_limits(form, cell, rates) if form.ours else {})
         )
 
 
-def _limits(form: Form, cell: Cell, rates: Rates, bytes_us: float) -> dict[str, float | None]:
+def _sample(
+    calls: Sequence[Call], cell: Cell, ours: Mapping[Form, Path], sizes: Set[int], seconds: float
+) -> tuple[Samples, Rates]:
+    """Time the calls of a cell, and in the same rounds what limits them."""
+    kernel = {form: kernel_limits.resident(form, cell.k) for form in ours if cell.m == 1}
+    buffer = {size: kernel_limits.buffer(size, cell.threads) for size in sizes}
+    cold = ours if cell.layers > 1 else {}
+    file = {form: kernel_limits.mapped(models.data_of(path), cell.threads) for form, path in cold.items()}
+    timed = [*kernel.values(), *buffer.values(), *file.values(), kernel_limits.multiplied(), _empty_call(cell)]
+    limits = Sampling(min_seconds=seconds, min_count=10, max_seconds=20 * seconds, min_rounds=8, warmup_seconds=seconds)
+    samples = sample([*calls, *(call for call, _ in timed)], limits)
+    least = iter(float(times.min()) for times in samples.seconds[len(calls) :])
+    return samples, Rates(
+        kernel={form: next(least) / count for form, (_, count) in kernel.items()},
+        buffer={size: next(least) / count for size, (_, count) in buffer.items()},
+        file={form: next(least) / count for form, (_, count) in file.items()},
+        product=next(least) / timed[-2][1],
+        call=next(least) / timed[-1][1],
+    )
+
+
+def _buffer_bytes(form: Form, cell: Cell) -> int:
+    return models.weight_bytes(form, cell.n, cell.k) if cell.layers == 1 else COLD_BYTES
+
+
+def _limits(form: Form, cell: Cell, rates: Rates) -> dict[str, float | None]:
     """Return the microseconds that a layer takes at least, by what limits it; None = was not measured here."""
     work = cell.n * cell.k * 1e6 / cell.threads
+    byte = rates.file[form] if form in rates.file else rates.buffer[_buffer_bytes(form, cell)]
+    bytes_us = models.weight_bytes(form, cell.n, cell.k) * byte * 1e6
     kernel = work * rates.kernel[form] if form in rates.kernel else None
     products = work * cell.m * rates.product if form.mode == "int8" else None
     known = [limit for limit in (bytes_us, kernel, products) if limit is not None]
@@ -161,11 +196,10 @@ def _limits(form: Form, cell: Cell, rates: Rates, bytes_us: float) -> dict[str, 
 
 def read_gb_per_s(size: int, threads: int) -> float:
     """Return how fast this machine reads a buffer of this size again and again, at best."""
-    buffer = np.ones(max(size, 1 << 16), np.uint8)
-    call: Call = lambda: native.read(buffer.ctypes.data, buffer.nbytes, threads)  # noqa: E731
-    count = int(np.clip((2 << 30) // buffer.nbytes, 8, 400))
-    times = sample([call], Sampling(min_seconds=0.02, min_count=count, min_rounds=4, warmup_seconds=0.05)).seconds
-    return buffer.nbytes / float(times[0].min()) / 1e9
+    call, count = kernel_limits.buffer(size, threads)
+    runs = int(np.clip((2 << 30) // count, 8, 400))
+    times = sample([call], Sampling(min_seconds=0.02, min_count=runs, min_rounds=4, warmup_seconds=0.05)).seconds
+    return count / float(times[0].min()) / 1e9
 
 
 def errors() -> list[dict[str, Any]]:
@@ -192,8 +226,7 @@ BARS: tuple[tuple[str, int, int, str, str, float], ...] = (
     ("ours 3b int8", 4096, 1, "MatMulNBits 4b b128", "<=", 0.90),
     ("ours 4b int8", 1024, 1, "MatMulNBits 4b b128", "<=", 1.05),
     ("ours 4b int8", 4096, 64, "MatMulNBits 4b b128", "<=", 0.30),
-    *(("ours 4b int8", size, m, "fp32", "<=", 1.02) for size in (1024, 4096) for m in TOKENS),
-    *(("ours 4b exact", size, m, "fp32", "<=", 1.02) for size in (1024, 4096) for m in TOKENS),
+    *((form.name, size, m, "fp32", "<=", 1.02) for form in OURS for size in (1024, 4096) for m in TOKENS),
 )
 """Ratios of the best times, one layer at one thread count: ours, n = k, m, the rival, the bar."""
 
@@ -229,7 +262,8 @@ def _shares(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if row["form"].startswith("ours") and row["form"].endswith("int8") and row["m"] == 1 and row["n"] >= 4096:
             share, kind = row["gb_per_s"] / row["read_gb_per_s"], "cold" if row["layers"] > 1 else "warm"
             what = f"{row['form']} bytes/s of the bandwidth, {row['n']} x {row['k']}, {kind}"
-            limits = {"limit": row["bytes_us"] / row["limit_us"], "law": row["bytes_us"] / _law(row)}
+            least = row["weight_bytes"] / row["read_gb_per_s"] / 1e3
+            limits = {"limit": least / row["limit_us"], "law": least / _law(row)}
             yield {"what": what, "threads": row["threads"], "value": share, "bar": 0.9, "met": share >= 0.9} | limits
 
 
@@ -240,22 +274,24 @@ def _law(row: dict[str, Any]) -> float:
 def _cells(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: Sequence[int]) -> Iterator[Cell]:
     for count, (n, k) in itertools.product(threads, shapes):
         yield from (Cell(n=n, k=k, m=m, threads=count) for m in tokens)
-        if n == k and n >= 4096:
-            layers = -(-COLD_BYTES // models.weight_bytes(OURS[len(BITS) - 1], n, k))
-            yield Cell(n=n, k=k, m=1, threads=count, layers=layers)
 
 
-def _call(form: Form, cell: Cell, folder: Path, x: np.ndarray) -> Call:
-    path = models.write(form, Chain(n=cell.n, k=cell.k, layers=cell.layers), folder)
-    session = _session(form, path, cell.threads)
+def _cold_cells(sizes: Sequence[int], threads: Sequence[int]) -> Iterator[Cell]:
+    for count, size in itertools.product(threads, sizes):
+        layers = -(-COLD_BYTES // models.weight_bytes(OURS[len(BITS) - 1], size, size))
+        yield Cell(n=size, k=size, m=1, threads=count, layers=layers)
+
+
+def _call(form: Form, path: Path, threads: int, x: np.ndarray) -> Call:
+    session = _session(form, path, threads)
     return lambda: session.run(None, {"x": x})
 
 
-def _empty_call(cell: Cell, folder: Path) -> tuple[Call, float]:
+def _empty_call(cell: Cell) -> Timed:
     """Return calls of the least layer that there is, 16 x 128, with as many rows of activations, and their number."""
-    (place := folder / "empty").mkdir()
-    least = Cell(n=kernel_limits.ROWS, k=models.GROUP, m=cell.m, threads=cell.threads)
-    once = _call(OURS[0], least, place, np.zeros((cell.m, models.GROUP), np.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        path = models.write(OURS[0], Chain(n=kernel_limits.ROWS, k=models.GROUP), Path(folder))
+        once = _call(OURS[0], path, cell.threads, np.zeros((cell.m, models.GROUP), np.float32))
     return lambda: [once() for _ in range(EMPTY_CALLS)], float(EMPTY_CALLS)
 
 
@@ -263,7 +299,7 @@ def _session(form: Form, path: Path, threads: int) -> onnxruntime.InferenceSessi
     settings = session_options(threads=threads, library=native.ort_library() if form.ours else None)
     settings.log_severity_level = 4
     settings.add_session_config_entry("session.force_spinning_stop", "1")
-    for key, value in (form.session or {}).items():
+    for key, value in form.session:
         settings.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 

@@ -185,24 +185,27 @@ struct Simd::Floats<2> {
   F at[2];
 };
 
-/* Even quads have the plane of two bits in bits 0-1 of the index and that of one in bit 2, odd ones in 2-3 and 1. */
+/* Both planes first, for the inputs of all four bytes: a nibble of each byte is then an index. Even quads have the plane
+ * of two bits in its bits 0-1 and that of one in bit 2, odd ones in 2-3 and 1. Quads 0 and 3, and 4 and 7, share one. */
 template <>
 struct Simd::Floats<3> {
   explicit Floats(const FloatTable &table)
-      : even(spread_floats<3, 0, 2>(table.entry)), odd(spread_floats<3, 2, 1>(table.entry)), low(set(3)) {}
+      : even(spread_floats<3, 0, 2>(table.entry)), odd(spread_floats<3, 2, 1>(table.entry)), middle(set(0x3C3C3C3C)) {}
   template <int Q, int B>
   F input(const I *unit) const {
-    const I two = right<8 * B + Q % 4 / 2 * 4>(unit[Q / 4]);
-    const I one = right<8 * B + (Q % 2 == 0 ? Q - 2 : Q - 1)>(unit[2]);
-    constexpr int two_below = 0xCA, one_below = 0xAC; /* mask ? two : one, and mask ? one : two */
-    if constexpr (Q % 2 == 0) {
-      return _mm512_permutexvar_ps(_mm512_ternarylogic_epi32(low, two, one, two_below), even);
-    } else {
-      return _mm512_permutexvar_ps(_mm512_ternarylogic_epi32(low, two, one, one_below), odd);
-    }
+    const I nibbles = right<8 * B + Q % 4 / 2 * 4>(both<Q>(unit[Q / 4], unit[2]));
+    return _mm512_permutexvar_ps(nibbles, Q % 2 == 0 ? even : odd);
+  }
+  template <int Q>
+  I both(I two, I ones) const {
+    constexpr int outer = 0xAC, inner = 0xCA; /* where `two` lies: mask ? one : two, and mask ? two : one */
+    constexpr int shift[] = {-2, 0, -4, -2, 2, 4, 0, 2};
+    const I one = right<shift[Q]>(ones);
+    if constexpr (Q % 4 == 0 || Q % 4 == 3) return _mm512_ternarylogic_epi32(middle, two, one, outer);
+    else return _mm512_ternarylogic_epi32(middle, two, one, inner);
   }
   F even, odd;
-  I low;
+  I middle; /* bits of each byte */
 };
 
 template <>
