@@ -91,7 +91,9 @@ def measure(until: float = math.inf) -> Table:
 
     What is measured is returned even if the GPU fails on the way: `absent` then says at what.
     """
-    ceiling, absent, rows = copy_bandwidth(), {}, []
+    ceiling = copy_bandwidth()
+    absent: dict[str, str] = {}
+    rows: list[Row] = []
     until = min(until, time.monotonic() + SECONDS)
     for n, k in SHAPES:
         try:
