@@ -7,6 +7,7 @@ is what a copy moves in the same run, bytes read and written. "In L2" is the sam
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import time
@@ -31,7 +32,9 @@ GROUP = 128
 ROUNDS, LEAST_CALLS = 15, 16
 OVER_L2 = 4
 SECONDS = 240.0
-"""After so long no further batch is begun: the whole script stays below 10 minutes."""
+"""After so long no further batch is begun, which leaves time for compute-sanitizer in 10 minutes."""
+MOST_ERROR = 1e-2
+"""What products by our kernels may be off, |y - x W^T| / |x W^T|; those of bytes are furthest off."""
 BARS = {4: 70.0, 3: 60.0, 2: 50.0}
 """Percent of the ceiling wanted at 8192 x 28672 for batches up to 16, by bits."""
 
@@ -79,29 +82,44 @@ class Table:
         return {
             "ceiling_bytes_per_s": self.ceiling,
             "absent": dict(self.absent),
-            "rows": [asdict(r) for r in self.rows],
+            "rows": [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows],
         }
 
 
-def measure() -> Table:
-    """Measure every candidate at every shape and batch; shapes that matter most come first."""
-    ceiling, absent, rows = copy_bandwidth(), {}, []
-    started = time.monotonic()
+def measure(until: float = math.inf) -> Table:
+    """Measure every candidate at every shape and batch, those that matter most first; `until` is of time.monotonic.
+
+    What is measured is returned even if the GPU fails on the way: `absent` then says at what.
+    """
+    ceiling = copy_bandwidth()
+    absent: dict[str, str] = {}
+    rows: list[Row] = []
+    until = min(until, time.monotonic() + SECONDS)
     for n, k in SHAPES:
-        columns = []
-        for name, make in candidates().items():
-            try:
-                columns.append(make(n, k))
-            except (RuntimeError, ValueError, TypeError, ImportError, AttributeError, NotImplementedError) as error:
-                absent[name] = _reason(error)
-        for m in ROWS:
-            if time.monotonic() - started > SECONDS:
-                absent[f"{n} x {k}, m = {m}"] = f"not begun after {SECONDS:.0f} s"
-            else:
-                rows += _batch(columns, (n, k, m), ceiling, absent)
-        del columns
-        torch.cuda.empty_cache()
+        try:
+            for row in _shape((n, k), until, ceiling, absent):
+                rows.append(row)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            absent[f"ours and all others from {n} x {k} on"] = _reason(error)
+            break
     return Table(rows=tuple(rows), ceiling=ceiling, absent=absent)
+
+
+def _shape(sizes: tuple[int, int], until: float, ceiling: float, absent: dict[str, str]) -> Iterator[Row]:
+    """Yield the rows of one shape."""
+    n, k = sizes
+    columns: list[Column] = []
+    for name, make in candidates().items() if time.monotonic() < until else ():
+        try:
+            columns.append(make(n, k))
+        except Exception as error:  # others' code raises what it likes, and ours is reported as a failure
+            absent.setdefault(name, _reason(error))
+    for m in ROWS:
+        if time.monotonic() < until:
+            yield from _batch(columns, (n, k, m), ceiling, absent)
+        else:
+            absent[f"{n} x {k}, m = {m}"] = "not begun for want of time"
 
 
 def candidates() -> dict[str, Callable[[int, int], Column]]:
@@ -111,6 +129,7 @@ def candidates() -> dict[str, Callable[[int, int], Column]]:
         "cuBLAS bfloat16": lambda n, k: _cublas(n, k, torch.bfloat16),
         "torch int4pack": _int4pack,
         "bitsandbytes NF4": _bitsandbytes,
+        "GemLite 4 bits": _gemlite,
     }
     for bits in (4, 3, 2):
         found |= {
@@ -162,6 +181,11 @@ def verdicts(table: Table) -> Iterator[str]:
         yield _held(f"4 bits float16, m up to 64: {least.ratio:.2f} x cuBLAS at m = {least.m}", 0.98, least.ratio)
 
 
+def _finite(value: object) -> object:
+    """Return null for a float that JSON has not: a ratio to cuBLAS where that was not measured."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _reason(error: Exception) -> str:
     """Return the kind of an error and the beginning of what it says."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
@@ -182,7 +206,7 @@ def _batch(columns: Sequence[Column], sizes: tuple[int, int, int], ceiling: floa
         try:
             error = _error(column, given)
             cold, warm = _graph(column.products, given), _graph([column.products[0]] * LEAST_CALLS, given)
-        except (RuntimeError, ValueError, TypeError) as failure:
+        except Exception as failure:
             absent[f"{column.name}, {n} x {k}, m = {m}"] = _reason(failure)
             continue
         replays[column.name] = (column, cold, warm, error)
@@ -293,6 +317,21 @@ def _bitsandbytes(n: int, k: int) -> Column:
     held = [packed.clone() for _ in range(_copies(size))]
     products = [lambda x, w=w: matmul(x, w.t(), quant_state=state) for w in held]
     return Column(name="bitsandbytes NF4", dtype=torch.float16, products=products, bytes=size, dense=dense)
+
+
+def _gemlite(n: int, k: int) -> Column:
+    """Uniform 4 bits, float16, a scale and a zero for each group; each size is tuned at its first call."""
+    if (n, k) != SHAPES[0]:
+        raise ValueError(f"measured at {SHAPES[0][0]} x {SHAPES[0][1]} alone, since tuning takes its time")
+    helper: Any = importlib.import_module("gemlite.helper")
+    codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+    scales = torch.rand(n, k // GROUP, device="cuda").half() * 0.01 + 0.01
+    zeros = torch.full_like(scales, 8)
+    layer = helper.A16Wn(device="cuda").from_weights(codes, scales, zeros, 4, GROUP)
+    dense = (codes.half() - 8) * scales.repeat_interleave(GROUP, 1)
+    size = n * k // 2 + 2 * scales.numel() * 2
+    products = [copy.deepcopy(layer) for _ in range(_copies(size))]
+    return Column(name="GemLite 4 bits", dtype=torch.float16, products=products, bytes=size, dense=dense)
 
 
 def _ours_maker(
