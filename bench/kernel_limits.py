@@ -23,15 +23,18 @@ CACHE_BYTES = 28 << 10
 """Of codes, scales and inputs that are multiplied again and again: within a first cache of 32 KiB."""
 PRODUCTS = 1 << 26
 """Of bytes in one call: about 0.3 ms where vpdpbusd multiplies 64 pairs a cycle."""
+READ_BYTES = 64 << 20
+"""That one call reads at least: about a millisecond from a cache."""
 
 Timed = tuple[Callable[[], object], float]
 """A call, and how much it does: weights, products, bytes."""
 
 
 def buffer(size: int, threads: int) -> Timed:
-    """Return a call that reads a buffer of this size, 64 KiB at least, and its bytes."""
+    """Return a call that reads a buffer of this size, 64 KiB at least, again and again, and the bytes it reads."""
     held = np.ones(max(size, 1 << 16), np.uint8)
-    return lambda: native.read(held.ctypes.data, held.nbytes, threads), float(held.nbytes)
+    times = -(-READ_BYTES // held.nbytes)
+    return lambda: [native.read(held.ctypes.data, held.nbytes, threads) for _ in range(times)], times * held.nbytes
 
 
 def mapped(path: Path, threads: int) -> Timed:

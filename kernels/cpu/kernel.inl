@@ -114,7 +114,7 @@ void decode_floats(const Simd::Floats<BITS> &table, Stream<R> &stream, const F (
 /* --- decoded in registers: R blocks, and all T tokens are one tile --- */
 
 /* Sums of each token, so that products need not wait for one another: as many as there are registers for. */
-constexpr int chains_of(int tokens) { return 4 * tokens <= Simd::tile ? 4 : 2 * tokens <= Simd::tile ? 2 : 1; }
+constexpr int chains_of(int tokens) { return tokens <= Simd::chained ? 4 : 2 * tokens <= Simd::tile ? 2 : 1; }
 
 template <int BITS, int T, int R>
 void direct_int8(const Weight &weight, const Packed &packed, int64_t block, float *totals) {

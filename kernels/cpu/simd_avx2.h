@@ -38,9 +38,10 @@ struct Simd {
   static constexpr int int8_offset = 128; /* operands are table bytes less this */
 #endif
 
-  static constexpr int blocks = 1; /* row blocks at once */
-  static constexpr int direct = 4; /* tokens up to which words are decoded in registers */
-  static constexpr int tile = 6;   /* tokens at once: 12 accumulators of 16 registers */
+  static constexpr int blocks = 1;  /* row blocks at once */
+  static constexpr int direct = 4;  /* tokens up to which words are decoded in registers */
+  static constexpr int chained = 1; /* of those, tokens up to which each has four sums */
+  static constexpr int tile = 6;    /* tokens at once: 12 accumulators of 16 registers */
 #define PAREDOWN_EXACT_TILE 8      /* see kernel.inl */
 #define PAREDOWN_EXACT_TOKENS 8
 #define PAREDOWN_EXACT_HALVES      /* see kernel_avx2.inl */

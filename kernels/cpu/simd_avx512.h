@@ -21,6 +21,7 @@ struct Simd {
 
   static constexpr int blocks = 2;          /* row blocks at once */
   static constexpr int direct = 4;          /* tokens up to which words are decoded in registers */
+  static constexpr int chained = 4;         /* of those, tokens up to which each has four sums */
   static constexpr int tile = 12;           /* tokens at once: 24 accumulators of 32 registers */
 #define PAREDOWN_EXACT_TILE 8               /* see kernel.inl */
   static constexpr int int8_offset = 0;     /* operands are table bytes less this */

@@ -25,6 +25,7 @@ struct Simd {
 
   static constexpr int blocks = 1;
   static constexpr int direct = 0;        /* compilers keep no such arrays in registers */
+  static constexpr int chained = 1;
   static constexpr int tile = 4;
   static constexpr int int8_offset = 128; /* operands are table bytes less this */
 
