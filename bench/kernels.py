@@ -4,8 +4,9 @@
     --out DIR   where kernels.json goes; without it nothing is written
 
 A layer is one ONNX node in a session. Every row alternates with the others of its cell (`measure.sample`); GB/s is the
-bytes of codes and scales over the best time, beside what this machine reads in the same rounds from a buffer of that
-size (warm), or of more than the caches hold, as the layers are together (cold).
+bytes of codes and scales over the best time. `share` is the median over the rounds of those bytes a second over what
+this machine reads in the same round from a buffer of that size (warm), or of more than the caches hold, as the layers
+are together (cold): neighbours on a shared machine leave more or less of its memory from one second to the next.
 
 Beside our forms stand the limits that were measured in the same rounds (`kernel_limits.py`), in microseconds a layer:
 `bytes_us` (reading; cold: the file of these weights, mapped as onnxruntime maps it, whose pages are smaller than those
@@ -38,7 +39,7 @@ from . import kernel_models as models
 from .environment import fingerprint
 from .kernel_limits import Timed
 from .kernel_models import Chain, Form
-from .measure import Call, Samples, Sampling, sample
+from .measure import Call, Samples, Sampling, Seconds, sample
 
 SHAPES = ((1024, 1024), (4096, 4096))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -82,14 +83,15 @@ class Cell:
 class Rates:
     """Seconds that one weight takes at one token, by form; one product of bytes; one call; one thread each.
 
-    And with the threads of the cell: one byte of a buffer, by its bytes, and one of a form's file (cold only).
+    And with the threads of the cell, at best in each round: one byte of a buffer, by its bytes, and one of the file of
+    a form (cold only).
     """
 
     kernel: Mapping[Form, float]
     product: float
     call: float
-    buffer: Mapping[int, float]
-    file: Mapping[Form, float]
+    buffer: Mapping[int, Seconds]
+    file: Mapping[Form, Seconds]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,7 +139,7 @@ def measured(cell: Cell, forms: Sequence[Form], seconds: float) -> Iterator[dict
     for form, times in zip(forms, samples.seconds, strict=False):
         size = models.weight_bytes(form, cell.n, cell.k)
         best, middle = float(times.min()) / cell.layers, float(np.median(times)) / cell.layers
-        read = 1e-9 / rates.buffer[_buffer_bytes(form, cell)]
+        buffer = rates.buffer[_buffer_bytes(form, cell)]
         yield (
             asdict(cell)
             | {
@@ -148,8 +150,9 @@ def measured(cell: Cell, forms: Sequence[Form], seconds: float) -> Iterator[dict
                 "runs": int(times.size),
                 "weight_bytes": size,
                 "gb_per_s": size / best / 1e9,
-                "read_gb_per_s": read,
-                "file_gb_per_s": 1e-9 / rates.file[form] if form in rates.file else None,
+                "read_gb_per_s": 1e-9 / float(buffer.min()),
+                "share": float(np.median(buffer * size * cell.layers / times.min(axis=1))),
+                "file_share": float(np.median(buffer / rates.file.get(form, buffer))),
                 "waited": samples.waited,
             }
             | (_limits(form, cell, rates) if form.ours else {})
@@ -165,15 +168,18 @@ def _sample(
     cold = ours if cell.layers > 1 else {}
     file = {form: kernel_limits.mapped(models.data_of(path), cell.threads) for form, path in cold.items()}
     timed = [*kernel.values(), *buffer.values(), *file.values(), kernel_limits.multiplied(), _empty_call(cell)]
-    limits = Sampling(min_seconds=seconds, min_count=10, max_seconds=20 * seconds, min_rounds=8, warmup_seconds=seconds)
+    rounds = 30 if cold else 8
+    limits = Sampling(
+        min_seconds=seconds, min_count=10, max_seconds=20 * seconds, min_rounds=rounds, warmup_seconds=seconds
+    )
     samples = sample([*calls, *(call for call, _ in timed)], limits)
-    least = iter(float(times.min()) for times in samples.seconds[len(calls) :])
+    each = iter(times.min(axis=1) for times in samples.seconds[len(calls) :])
     return samples, Rates(
-        kernel={form: next(least) / count for form, (_, count) in kernel.items()},
-        buffer={size: next(least) / count for size, (_, count) in buffer.items()},
-        file={form: next(least) / count for form, (_, count) in file.items()},
-        product=next(least) / timed[-2][1],
-        call=next(least) / timed[-1][1],
+        kernel={form: float(next(each).min()) / count for form, (_, count) in kernel.items()},
+        buffer={size: next(each) / count for size, (_, count) in buffer.items()},
+        file={form: next(each) / count for form, (_, count) in file.items()},
+        product=float(next(each).min()) / timed[-2][1],
+        call=float(next(each).min()) / timed[-1][1],
     )
 
 
@@ -184,8 +190,8 @@ def _buffer_bytes(form: Form, cell: Cell) -> int:
 def _limits(form: Form, cell: Cell, rates: Rates) -> dict[str, float | None]:
     """Return the microseconds that a layer takes at least, by what limits it; None = was not measured here."""
     work = cell.n * cell.k * 1e6 / cell.threads
-    byte = rates.file[form] if form in rates.file else rates.buffer[_buffer_bytes(form, cell)]
-    bytes_us = models.weight_bytes(form, cell.n, cell.k) * byte * 1e6
+    byte = rates.file.get(form, rates.buffer[_buffer_bytes(form, cell)])
+    bytes_us = models.weight_bytes(form, cell.n, cell.k) * float(byte.min()) * 1e6
     kernel = work * rates.kernel[form] if form in rates.kernel else None
     products = work * cell.m * rates.product if form.mode == "int8" else None
     known = [limit for limit in (bytes_us, kernel, products) if limit is not None]
@@ -233,8 +239,9 @@ BARS: tuple[tuple[str, int, int, str, str, float], ...] = (
 def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each bar with the value measured, by threads, and `limit`: the value that the measured limits leave.
 
-    Ratios of the best times, and the share of the bandwidth at one token. Where `limit` misses the bar too, no change
-    but to the instructions of the kernel could reach it here; where `law` does, none could: it leaves those out.
+    Ratios of the best times, and the share of the bandwidth in the same rounds at one token. Where `limit` misses the
+    bar too, no change but to the instructions of the kernel could reach it here; where `law` does, none could: it
+    leaves those out.
     """
     return [*_ratios(rows), *_shares(rows)]
 
@@ -259,9 +266,9 @@ def _ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _shares(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         if row["form"].startswith("ours") and row["form"].endswith("int8") and row["m"] == 1 and row["n"] >= 4096:
-            share, kind = row["gb_per_s"] / row["read_gb_per_s"], "cold" if row["layers"] > 1 else "warm"
+            share, kind = row["share"], "cold" if row["layers"] > 1 else "warm"
             what = f"{row['form']} bytes/s of the bandwidth, {row['n']} x {row['k']}, {kind}"
-            least = row["weight_bytes"] / row["read_gb_per_s"] / 1e3
+            least = row["file_share"] * row["bytes_us"]
             limits = {"limit": least / row["limit_us"], "law": least / _law(row)}
             yield {"what": what, "threads": row["threads"], "value": share, "bar": 0.9, "met": share >= 0.9} | limits
 
@@ -314,7 +321,7 @@ def _show(cell: Cell, rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         ratio = f"{row['min_us'] / rows[0]['min_us']:.3f}" if rows[0]["form"] == DENSE.name else "-"
-        share = f"{100 * row['gb_per_s'] / row['read_gb_per_s']:.0f} %"
+        share = f"{100 * row['share']:.0f} %"
         times = [f"{row['min_us']:.1f}", f"{row['median_us']:.1f}", ratio, f"{row['gb_per_s']:.1f}", share]
         table.add_row(row["form"], *times, f"{row['limit_us']:.1f}" if "limit_us" in row else "")
     Console(width=110).print(table)

@@ -30,8 +30,9 @@ def kernels() -> str:
     lines = [
         f"One linear layer, 4096 x 4096, codebooks with a scale per 128 inputs, in onnxruntime on one thread of "
         f"{machine['model']} ({isa}): best time in microseconds by rows of activations (m), all alternating in one "
-        "process; warm: the weights' GB/s at m = 1 and its share of what the machine reads from a buffer of that size; "
-        "cold: the same over layers of 320 MB. Error: relative, against float64. `python -m paredown.bench.kernels`.\n",
+        "process; warm: the weights' GB/s at m = 1 and its share of what the machine reads from a buffer of that size "
+        "in the same rounds; cold: the same over layers of 320 MB. Error: relative, against float64. "
+        "`python -m paredown.bench.kernels`.\n",
         "| | " + " | ".join(f"m = {m}" for m in TOKENS) + " | warm | cold | error |",
         "|---|" + "---|" * (len(TOKENS) + 3),
     ]
@@ -136,7 +137,7 @@ def _square(row: dict[str, Any]) -> bool:
 def _speed(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    return f"{row['gb_per_s']:.0f} ({100 * row['gb_per_s'] / row['read_gb_per_s']:.0f} %)"
+    return f"{row['gb_per_s']:.0f} ({100 * row['share']:.0f} %)"
 
 
 def engines() -> str:
