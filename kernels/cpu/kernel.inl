@@ -449,8 +449,8 @@ void add_direct(int mode, const Weight &weight, const Packed &packed, int64_t bl
     }
 #ifdef PAREDOWN_EXACT_HALVES
     if constexpr (Simd::by_halves(T)) {
-      if (mode == PAREDOWN_EXACT) return halves_exact<BITS, T>(weight, packed, block, totals);
-    }
+      if (mode == PAREDOWN_EXACT) halves_exact<BITS, T>(weight, packed, block, totals);
+    } else
 #endif
     if (mode == PAREDOWN_EXACT) direct_exact<BITS, T, R>(weight, packed, block, totals);
   });
